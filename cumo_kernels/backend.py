@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where the backend of an operation is chosen, from facts: the device, and what the user forced.
+
+"triton" runs the kernels (on a GPU, or on a CPU in Triton's interpreter when `TRITON_INTERPRET=1`);
+"reference" runs `cumo_kernels.reference` in eager PyTorch on any device. The default is "triton" for CUDA
+tensors and "reference" elsewhere; the environment variable `CUMO_BACKEND` and `use_backend` force one.
+Nothing falls back: a forced or default backend that cannot run raises.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from cumo_kernels.checks import check_one_of
+
+BACKENDS = ("triton", "reference")
+
+_forced: ContextVar[str | None] = ContextVar("cumo_backend", default=os.environ.get("CUMO_BACKEND") or None)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force the backend "triton" or "reference" for the calls in this block, in this thread.
+
+    The backward of an operation runs on the backend of its forward.
+
+    Raises:
+        ValueError: `name` is neither.
+    """
+    check_one_of("backend", name, BACKENDS)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's CPU interpreter (`TRITON_INTERPRET` when they are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def backend_for(tensor: Tensor) -> str:
+    """The backend for an operation on `tensor`.
+
+    Raises:
+        RuntimeError: the backend is "triton", and Triton is missing or cannot run on the tensor's device.
+        ValueError: `CUMO_BACKEND` names no backend.
+    """
+    is_cuda = tensor.device.type == "cuda"
+    name = _forced.get()
+    if name is None:
+        name = "triton" if is_cuda else "reference"
+    check_one_of("CUMO_BACKEND", name, BACKENDS)
+    if name == "triton":
+        if not _HAS_TRITON:
+            raise RuntimeError(
+                "backend 'triton': Triton is not installed; install it, or set CUMO_BACKEND=reference for the slow path"
+            )
+        if not is_cuda and not interpreted():
+            raise RuntimeError(
+                f"backend 'triton': got tensors on {tensor.device}, expected a CUDA device; "
+                "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
+            )
+    return name

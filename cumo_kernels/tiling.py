@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every tile of every kernel: pure functions of the device, the dtype and the sizes. Nothing is tuned at run time.
+
+Token counts enter in coarse steps (rows per expert: up to 16, 64, or more), so that a new batch size neither
+recompiles nor retunes anything. Registers and spills of every choice are facts of the compiler:
+`python -m cumo_kernels.inspect` prints them without a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from cumo_kernels.checks import check_one_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a device can do, as far as tiles depend on it."""
+
+    arch: int
+    """Compute capability, 90 for sm_90; 0 for Triton's CPU interpreter."""
+    num_sms: int
+    """Streaming multiprocessors: the grid of a persistent kernel."""
+    has_tma: bool
+    """Whether rows and weights go through the tensor memory accelerator (sm_90 and newer)."""
+
+    @classmethod
+    def cuda(cls, arch: int, num_sms: int) -> Target:
+        """An NVIDIA GPU of compute capability `arch`."""
+        return cls(arch=arch, num_sms=num_sms, has_tma=arch >= 90)
+
+
+# Three programs: few enough that each does several tiles, and more than one, so that the stride matters.
+INTERPRETER = Target(arch=0, num_sms=3, has_tma=False)
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Tile of a grouped GEMM. Field names in capitals are constexprs of the kernels."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    GROUP_M: int = 8
+    SWAP: bool = False
+    SLICES: int = 1
+    programs_per_sm: int = 1
+
+    def meta(self) -> dict[str, int]:
+        """The arguments that all GEMM kernels take."""
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Tile of a kernel that moves rows."""
+
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int
+
+    def meta(self) -> dict[str, int]:
+        """All of it, as launch arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class GatingTile:
+    """Tile of the gating: tokens per block, and whether one program walks a whole segment."""
+
+    BLOCK_T: int
+    ONE_PROGRAM: bool
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class DispatchTile:
+    """Tile of the counting sort: choices per program, per step of ranking, per step of reading the counts."""
+
+    CHUNK: int
+    BLOCK: int
+    SCAN: int
+    COUNTED: bool
+
+
+GEMM_KINDS = ("forward", "gated", "dact", "dact_gated", "wgrad")
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def gemm_tile(
+    target: Target, dtype: torch.dtype, rows: int, num_experts: int, n: int, kind: str, activation: str = ""
+) -> GemmTile:
+    """Tile of a grouped GEMM of `rows` rows over `num_experts` experts, output width n.
+
+    `kind` says what the epilogue holds beside the accumulator: "forward" (nothing), "gated" (a second
+    accumulator), "dact" and "dact_gated" (the backward through the activation); "wgrad" reduces over rows.
+    """
+    check_one_of("kind", kind, GEMM_KINDS)
+    if target.arch == 0:
+        return GemmTile(32, 32, 32, num_warps=1, num_stages=1, GROUP_M=2, SLICES=2 if "dact" in kind else 1)
+    if dtype == torch.float32:
+        # fp32 products run on the CUDA cores: 64 x 64 fp32 accumulators are what 4 warps hold without spilling
+        return GemmTile(64, 64, 32, num_warps=4, num_stages=2, SLICES=2 if "dact" in kind else 1)
+    rows_per_expert = rows / num_experts
+    if kind == "wgrad":
+        return _wgrad_tile(target, n)
+    if kind in ("forward", "gated") and rows_per_expert <= 16:
+        return _decode_tile(target, kind)
+    if rows_per_expert <= 64:
+        return GemmTile(64, 64 if kind == "gated" or target.arch < 90 else 128, 64, 4, 3, SLICES=_slices(kind, 2))
+    if target.arch < 90:
+        return GemmTile(128, 64 if kind in ("gated", "dact_gated") else 128, 32, 8, 4, SLICES=_slices(kind, 2))
+    if kind == "forward" and n >= 256:
+        return GemmTile(128, 256, 64, num_warps=8, num_stages=3)
+    if kind == "dact" and n >= 256 and activation != "gelu":  # erf needs registers that 256 columns do not leave
+        return GemmTile(128, 256, 64, num_warps=8, num_stages=3, SLICES=4)
+    return GemmTile(128, 128, 64, num_warps=8, num_stages=3, SLICES=_slices(kind, 2))
+
+
+def _slices(kind: str, count: int) -> int:
+    return count if "dact" in kind else 1
+
+
+def _wgrad_tile(target: Target, n: int) -> GemmTile:
+    if target.arch < 90:
+        return GemmTile(128, 128, 32, num_warps=8, num_stages=3)
+    return GemmTile(128, 256 if n >= 256 else 128, 64, num_warps=8, num_stages=3)
+
+
+def _decode_tile(target: Target, kind: str) -> GemmTile:
+    """At most 16 rows per expert: the time is that of streaming the weights, so tiles are narrow in n (many
+    programs), deep in k (long reads), and swapped, since tensor-core tiles of sm_90 have at least 64 rows."""
+    block_k = 128 if kind == "forward" else 64
+    return GemmTile(16, 64, block_k, num_warps=4, num_stages=4, SWAP=target.arch >= 90, programs_per_sm=2)
+
+
+def use_sorted_copy(target: Target, rows: int) -> bool:
+    """Whether to copy tokens into sorted rows before a GEMM, for TMA, rather than gather them on load.
+
+    The copy costs a launch and 2 * rows * width * 2 bytes of traffic; below a few thousand rows a layer is bound by
+    launches, above it others measured TMA at +12 to +18 % of a GEMM against pointer loads on an H100
+    (sglang PR 36543).
+    """
+    return target.has_tma and rows >= 4096
+
+
+def row_tile(width: int) -> RowTile:
+    """Tile of a kernel that moves rows of `width` elements: about 4096 elements, 16 bytes per thread and load."""
+    block_d = min(next_power_of_2(width), 512)
+    return RowTile(BLOCK_N=max(1, min(4096 // block_d, 32)), BLOCK_D=block_d, num_warps=4)
+
+
+def gating_tile(segment: int, num_experts: int) -> GatingTile:
+    """One program walks a segment of up to 65536 logits, a score of blocks: that takes about as long as the launch
+    of the second kernel that it saves. Blocks hold 4096 logits, 32 to a thread."""
+    e_pad = next_power_of_2(num_experts)
+    block_t = max(1, min(4096 // e_pad, next_power_of_2(max(segment, 1))))
+    return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=4)
+
+
+def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:
+    """Every program reading all ids costs N * E comparisons per program; up to 2**18 of them that is quicker than
+    the launch of a separate counting kernel. A ranking step compares BLOCK x BLOCK ids."""
+    e_pad = next_power_of_2(num_experts)
+    scan = max(64, min(1024, 8192 // e_pad))
+    counted = num_choices * e_pad > 2**18
+    return DispatchTile(CHUNK=1024, BLOCK=64, SCAN=max(1, 4096 // e_pad) if counted else scan, COUNTED=counted)
