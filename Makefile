@@ -38,7 +38,7 @@ bench: $(NEWEST) ## the microbenchmarks
 	.venv/$(PYTEST) benchmarks --benchmark-only
 
 inspect: $(NEWEST) ## compile every kernel for ARCHITECTURES, without a GPU; fail where registers spill
-	.venv/bin/python -m cumo_kernels.inspect $(ARCHITECTURES) --fail-on-spill
+	.venv/bin/python -m cumo_kernels.inspect --arch $(ARCHITECTURES) --fail-on-spill
 
 clean: ## remove everything that the other targets made, the environments too
 	rm -rf .venv .venv-oldest build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cumo_kernels import tiling
 from cumo_kernels.kernels.epilogues import activation_and_derivative, column_slices
-from cumo_kernels.kernels.grouped_gemm import Weights, dot_precision, matmul_tile, num_programs
+from cumo_kernels.kernels.grouped_gemm import Weights, dot_precision, matmul_tile, num_programs, tile_of
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
 from cumo_kernels.kernels.schedule import expert_rows, locate
 
@@ -29,34 +29,37 @@ def _store_column_sums(partial_ptr, row_tile, width, values, valid_rows, columns
 
 @triton.jit
 def _dact_slice(
-    da, s, z_ptr, dz_ptr, a_ptr, partial_ptr, row_tile, rows, end, columns, N,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    da, s, z_ptr, dz_ptr, a_ptr, partial_ptr, row_tile, first_row, rows, columns, N,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Finish some columns of a tile of da = dO W2; returns <da, a> of each row over them."""
-    valid = rows < end
+    row = tl.arange(0, BLOCK_M)
+    valid = row < rows
     mask = valid[:, None] & (columns < N)[None, :]
+    width = 2 * N if GATED else N
+    at = row[:, None] * width + columns[None, :]
+    z = tile_of(z_ptr, first_row, width) + at
+    dz = tile_of(dz_ptr, first_row, width) + at
+    value, slope = activation_and_derivative(tl.load(z, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if GATED:
-        z = z_ptr + rows[:, None] * (2 * N) + columns[None, :]
-        gate, slope = activation_and_derivative(tl.load(z, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
         up = tl.load(z + N, mask=mask, other=0.0).to(tl.float32)
-        a = gate * up
+        a = value * up
         dgate = s[:, None] * da * up * slope
-        dup = s[:, None] * da * gate
-        dz = dz_ptr + rows[:, None] * (2 * N) + columns[None, :]
+        dup = s[:, None] * da * value
         tl.store(dz, dgate.to(dz_ptr.dtype.element_ty), mask=mask)
         tl.store(dz + N, dup.to(dz_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            _store_column_sums(partial_ptr, row_tile, 2 * N, dgate, valid, columns, N)
-            _store_column_sums(partial_ptr + N, row_tile, 2 * N, dup, valid, columns, N)
+            _store_column_sums(partial_ptr, row_tile, width, dgate, valid, columns, N)
+            _store_column_sums(partial_ptr + N, row_tile, width, dup, valid, columns, N)
     else:
-        at = rows[:, None] * N + columns[None, :]
-        a, slope = activation_and_derivative(tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-        dz = s[:, None] * da * slope
-        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        a = value
+        dvalue = s[:, None] * da * slope
+        tl.store(dz, dvalue.to(dz_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
-            _store_column_sums(partial_ptr, row_tile, N, dz, valid, columns, N)
+            _store_column_sums(partial_ptr, row_tile, width, dvalue, valid, columns, N)
     if a_ptr is not None:
-        tl.store(a_ptr + rows[:, None] * N + columns[None, :], (s[:, None] * a).to(a_ptr.dtype.element_ty), mask=mask)
+        at = row[:, None] * N + columns[None, :]
+        tl.store(tile_of(a_ptr, first_row, N) + at, (s[:, None] * a).to(a_ptr.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
 
 
@@ -97,8 +100,9 @@ def _grouped_dact_kernel(
         for i in tl.static_range(SLICES):
             columns = n_tile * BLOCK_N + i * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
             score += _dact_slice(
-                slices[i], s, z_ptr, dz_ptr, a_ptr, partial_ptr, row_tile, rows, end, columns, N, ACTIVATION, GATED
-            )
+                slices[i], s, z_ptr, dz_ptr, a_ptr, partial_ptr, row_tile, first_row, end - first_row, columns, N,
+                ACTIVATION, GATED, BLOCK_M,
+            )  # fmt: skip
         if score_ptr is not None:
             if bias_score_ptr is not None:
                 score += tl.load(bias_score_ptr + rows, mask=(rows < end) & (n_tile == 0), other=0.0)
@@ -131,7 +135,7 @@ def grouped_dact(
     num_rows = z.shape[0]
     target = target_of(dout)
     kind = "dact_gated" if gated else "dact"
-    tile = tiling.gemm_tile(target, dout.dtype, num_rows, E, F, kind, activation)
+    tile = tiling.gemm_tile(target, dout.dtype, num_rows, E, F, kind)
     w = Weights(w2_EFO, tile, target.has_tma)
     x_tma = target.has_tma and token_N is None and can_use_tma(dout)
     n_tiles, row_tiles = triton.cdiv(F, tile.BLOCK_N), triton.cdiv(num_rows, tile.BLOCK_M) + E

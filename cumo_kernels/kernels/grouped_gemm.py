@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cumo_kernels import tiling
-from cumo_kernels.kernels.epilogues import activation
+from cumo_kernels.kernels.epilogues import activation, column_slices
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
 from cumo_kernels.kernels.schedule import expert_rows, locate
 
@@ -74,9 +74,10 @@ def row_pointers(
     valid = rows < end
     if X_TMA:
         return rows[:, None], valid[:, None]
-    if GATHER:
-        rows = tl.load(token_ptr + rows, mask=valid, other=0)
-    return x + rows.to(tl.int64)[:, None] * stride_xm, valid[:, None]
+    else:
+        if GATHER:
+            rows = tl.load(token_ptr + rows, mask=valid, other=0)
+        return x + rows.to(tl.int64)[:, None] * stride_xm, valid[:, None]
 
 
 @triton.jit
@@ -119,6 +120,52 @@ def matmul_tile_gated(
         return gate, up
 
 
+@triton.jit
+def tile_of(ptr, first_row, width):
+    """Pointer to row `first_row` of a matrix of `width` columns: the one int64 product of a tile, whose elements
+    are then at int32 distances. z passes 2**31 elements at 37,000 tokens of Mixtral."""
+    return ptr + first_row.to(tl.int64) * width
+
+
+@triton.jit
+def _store_slice(
+    acc, bias_ptr, expert, z_ptr, out_ptr, first_row, rows, columns, N,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Some columns of z = acc + b[e] and out = act(z), for `rows` rows; what is None is not computed."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    mask = (row < rows) & (columns < N)[None, :]
+    at = row * N + columns[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        tl.store(tile_of(z_ptr, first_row, N) + at, acc.to(z_ptr.dtype.element_ty), mask=mask)
+    if out_ptr is not None:
+        out = activation(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
+        tl.store(tile_of(out_ptr, first_row, N) + at, out, mask=mask)
+
+
+@triton.jit
+def _store_slice_gated(
+    gate, up, bias_ptr, expert, z_ptr, out_ptr, first_row, rows, columns, N,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Some columns of both halves of z, and of out = act(z gate) z up."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    mask = (row < rows) & (columns < N)[None, :]
+    if bias_ptr is not None:
+        bias = bias_ptr + expert * (2 * N) + columns
+        gate += tl.load(bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if z_ptr is not None:
+        z = tile_of(z_ptr, first_row, 2 * N) + row * (2 * N) + columns[None, :]
+        tl.store(z, gate.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z + N, up.to(z_ptr.dtype.element_ty), mask=mask)
+    if out_ptr is not None:
+        out = (activation(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
+        tl.store(tile_of(out_ptr, first_row, N) + row * N + columns[None, :], out, mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _grouped_gemm_kernel(
     x, w, bias_ptr, token_ptr, offset_ptr,  # (M | T, K), (E, N | 2N, K), (E, N | 2N), (M,) int32, (E + 1,) int32
@@ -127,7 +174,7 @@ def _grouped_gemm_kernel(
     E: tl.constexpr, E_PAD: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     X_TMA: tl.constexpr, W_TMA: tl.constexpr, W_NK: tl.constexpr, GATHER: tl.constexpr, ZERO_TAIL: tl.constexpr,
     SWAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """z = x W[e]^T + b[e]; out = act(z), or act(z gate) * z up if GATED, over the rows of each expert.
 
@@ -140,36 +187,29 @@ def _grouped_gemm_kernel(
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * n_tiles, tl.num_programs(0)):
         expert, first_row, end, n_tile, _ = locate(tile, offset_ptr, tiles, last, n_tiles, E_PAD, BLOCK_M, GROUP_M)
         n = n_tile * BLOCK_N
-        rows = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)
-        columns = n + tl.arange(0, BLOCK_N)
-        mask = (rows < end)[:, None] & (columns < N)[None, :]
+        rows = end - first_row
         if GATED:
             gate, up = matmul_tile_gated(
                 x, w, token_ptr, expert, first_row, end, n, N, K, stride_xm, stride_we, stride_wn, stride_wk,
                 X_TMA, W_TMA, W_NK, GATHER, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            if bias_ptr is not None:
-                bias = bias_ptr + expert * (2 * N) + columns
-                gate += tl.load(bias, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(bias + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            if z_ptr is not None:
-                z = z_ptr + rows[:, None] * (2 * N) + columns[None, :]
-                tl.store(z, gate.to(z_ptr.dtype.element_ty), mask=mask)
-                tl.store(z + N, up.to(z_ptr.dtype.element_ty), mask=mask)
-            out = activation(gate, ACTIVATION) * up
+            gates, ups = column_slices(gate, BLOCK_M, BLOCK_N, SLICES), column_slices(up, BLOCK_M, BLOCK_N, SLICES)
+            for i in tl.static_range(SLICES):
+                columns = n + i * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+                _store_slice_gated(
+                    gates[i], ups[i], bias_ptr, expert, z_ptr, out_ptr, first_row, rows, columns, N, ACTIVATION, BLOCK_M
+                )
         else:
             acc = matmul_tile(
                 x, w, token_ptr, expert, first_row, end, n, N, K, stride_xm, stride_we, stride_wn, stride_wk,
                 X_TMA, W_TMA, W_NK, GATHER, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            if bias_ptr is not None:
-                acc += tl.load(bias_ptr + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            if z_ptr is not None:
-                z = z_ptr + rows[:, None] * N + columns[None, :]
-                tl.store(z, acc.to(z_ptr.dtype.element_ty), mask=mask)
-            out = activation(acc, ACTIVATION)
-        if out_ptr is not None:
-            tl.store(out_ptr + rows[:, None] * N + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+            slices = column_slices(acc, BLOCK_M, BLOCK_N, SLICES)
+            for i in tl.static_range(SLICES):
+                columns = n + i * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+                _store_slice(
+                    slices[i], bias_ptr, expert, z_ptr, out_ptr, first_row, rows, columns, N, ACTIVATION, BLOCK_M
+                )
     if ZERO_TAIL:
         used = tl.load(offset_ptr + E)
         for tile in range(tl.program_id(0), tl.cdiv(M - used, BLOCK_M) * n_tiles, tl.num_programs(0)):
@@ -245,6 +285,6 @@ def grouped_gemm_forward(
         num_rows, out_columns, K, x.stride(0), *w.tensor.stride(),
         E=E, E_PAD=triton.next_power_of_2(E), ACTIVATION=activation, GATED=gated, X_TMA=x_tma, **w.flags(),
         GATHER=token_N is not None, ZERO_TAIL=zero_tail, SWAP=tile.SWAP, PRECISION=dot_precision(x.dtype),
-        **tile.meta(),
+        SLICES=tile.SLICES, **tile.meta(),
     )  # fmt: skip
     return out, z
