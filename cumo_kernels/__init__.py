@@ -16,6 +16,7 @@ from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backend import use_backend
 from cumo_kernels.ops.combine import combine
 from cumo_kernels.ops.grouped_gemm import grouped_gemm
+from cumo_kernels.ops.linear_topk_gating import linear_topk_gating
 from cumo_kernels.ops.moe_mlp import moe_mlp
 from cumo_kernels.ops.permute import permute
 from cumo_kernels.ops.plan_dispatch import plan_dispatch
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "combine",
     "grouped_gemm",
+    "linear_topk_gating",
     "moe_mlp",
     "permute",
     "plan_dispatch",

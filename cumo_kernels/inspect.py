@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cumo_kernels.backend import interpreted
+from cumo_kernels.ops.linear_topk_gating import MAX_EXPERTS
 from cumo_kernels.tiling import Target
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def sources(case: Case, target: Target, dtype: torch.dtype) -> list[Source]:
 
 def _walk(case: Case, dtype: torch.dtype) -> None:
     """Call every launcher with tensors that have shapes only."""
-    from cumo_kernels.kernels import dispatch, fused_mlp, gating, grad_rows, grouped_gemm, permute
+    from cumo_kernels.kernels import dispatch, fused_mlp, gating, grad_rows, grouped_gemm, linear_gating, permute
 
     T, K, E, D, F, O = case.T, case.K, case.E, case.D, case.F, case.O
     F1 = 2 * F if case.gated else F
@@ -79,6 +80,8 @@ def _walk(case: Case, dtype: torch.dtype) -> None:
     b1, b2 = (empty(E, F1), empty(E, O)) if case.bias else (None, None)
     logits, segment = empty(T, E, dtype=torch.float32), case.segment or T
     weight, expert, balance, z, share = gating.topk_gating_forward(logits, K, segment, True, torch.float32)
+    if E <= MAX_EXPERTS:
+        linear_gating.linear_gating_forward(x, empty(E, D), K, segment, True, torch.float32)
     gating.topk_gating_backward(logits, expert, share, weight, balance, z, segment, True)
     token, route, slot, offset = dispatch.plan_dispatch(expert, E)
     for need_x in (True, False):

@@ -51,6 +51,21 @@ def topk_gating(
     return Routing(weight_TK, expert_TK.int(), balance_S, z_S)
 
 
+def linear_topk_gating(
+    x_TD: Tensor,
+    gate_ED: Tensor,
+    top_k: int,
+    segment: int | None = None,
+    normalize: bool = True,
+    probs_dtype: torch.dtype = torch.float32,
+) -> Routing:
+    """Router logits in float32, then `topk_gating`. See `cumo_kernels.linear_topk_gating`."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        dtype = accumulation_dtype(x_TD.dtype)
+        logits_TE = torch.nn.functional.linear(x_TD.to(dtype), gate_ED.to(dtype))
+        return topk_gating(logits_TE, top_k, segment, normalize, probs_dtype)
+
+
 def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     """Stable sort of the choices by expert. See `cumo_kernels.plan_dispatch`."""
     T, K = expert_TK.shape

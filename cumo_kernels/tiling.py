@@ -8,7 +8,7 @@ recompiles nor retunes anything. Registers and spills of every choice are facts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -56,17 +56,21 @@ class GemmTile:
         return {name: getattr(self, name) for name in names}
 
 
+class _LaunchTile:
+    """A dataclass whose fields are launch arguments, each under its own name."""
+
+    def meta(self) -> dict[str, int]:
+        """The launch arguments."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
-class RowTile:
+class RowTile(_LaunchTile):
     """Tile of a kernel that moves rows."""
 
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int
-
-    def meta(self) -> dict[str, int]:
-        """All of it, as launch arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,16 @@ class GatingTile:
     BLOCK_T: int
     ONE_PROGRAM: bool
     num_warps: int
+
+
+@dataclass(frozen=True)
+class LinearGatingTile(_LaunchTile):
+    """Tile of the gating with its linear layer: tokens and columns of x per step."""
+
+    BLOCK_T: int
+    BLOCK_D: int
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,13 @@ def gating_tile(segment: int, num_experts: int) -> GatingTile:
     e_pad = next_power_of_2(num_experts)
     block_t = max(1, min(4096 // e_pad, next_power_of_2(max(segment, 1))))
     return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=4)
+
+
+def linear_gating_tile(segment: int, num_experts: int) -> LinearGatingTile:
+    """64 tokens by 128 columns, 16 KB of bf16: three of them in flight keep a memory-bound program busy. With many
+    experts the accumulator wants the registers, so fewer tokens."""
+    block_t = 64 if num_experts <= 16 else 32
+    return LinearGatingTile(BLOCK_T=max(16, min(block_t, next_power_of_2(max(segment, 1)))), BLOCK_D=128)
 
 
 def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:

@@ -14,16 +14,7 @@ from torch import Tensor
 
 from cumo_kernels import tiling
 from cumo_kernels.kernels.launch import launch
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr):
-    """x rounded to `dtype`, kept in fp32. bf16 by hand, to nearest even: the CPU interpreter's cast truncates."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype).to(tl.float32)
+from cumo_kernels.kernels.numerics import narrow, round_to
 
 
 @triton.jit
@@ -70,14 +61,14 @@ def route_block(
     e = tl.arange(0, E_PAD)[None, :]
     k = tl.arange(0, K_PAD)[None, :]
     probs, lse = _softmax(logits, e < E)
-    probs = _round_to(probs, PROBS_DTYPE)
+    probs = round_to(probs, PROBS_DTYPE)
     top_p, top_e = _select(probs, e < E, K, K_PAD, E_PAD, BLOCK_T)
     if NORMALIZE:
         total = tl.sum(tl.where(k < K, top_p, 0.0), axis=1)
-        top_p = _round_to(top_p / _round_to(total, PROBS_DTYPE)[:, None], PROBS_DTYPE)
+        top_p = round_to(top_p / round_to(total, PROBS_DTYPE)[:, None], PROBS_DTYPE)
     at = t.to(tl.int64)[:, None] * K + k
     mask = in_segment[:, None] & (k < K)
-    tl.store(weight_ptr + at, top_p.to(weight_ptr.dtype.element_ty), mask=mask)
+    tl.store(weight_ptr + at, narrow(top_p, weight_ptr.dtype.element_ty), mask=mask)
     tl.store(expert_ptr + at, top_e, mask=mask)
     first = tl.sum(tl.where(k == 0, top_e, 0), axis=1)
     counted = in_segment[:, None] & (e == first[:, None])
@@ -218,7 +209,7 @@ def _topk_gating_backward_kernel(
     if dz_ptr is not None:
         dz = tl.load(dz_ptr + s, mask=t < T, other=0.0)
         dlogits += (dz * (2.0 / segment) * lse)[:, None] * probs
-    tl.store(dlogits_ptr + t[:, None] * E + e[None, :], dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+    tl.store(dlogits_ptr + t[:, None] * E + e[None, :], narrow(dlogits, dlogits_ptr.dtype.element_ty), mask=mask)
 
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -17,6 +17,7 @@ from torch import Tensor
 from cumo_kernels import tiling
 from cumo_kernels.kernels.epilogues import activation_and_derivative
 from cumo_kernels.kernels.launch import launch
+from cumo_kernels.kernels.numerics import narrow
 from cumo_kernels.kernels.schedule import expert_rows, find_expert
 
 
@@ -142,7 +143,7 @@ def _activation_grad_kernel(
         _, slope = activation_and_derivative(z, ACTIVATION)
         grad = tl.where(mask, grad * slope, 0.0)
     if dz_ptr is not None:
-        tl.store(dz_ptr + rows[:, None] * F + f[None, :], grad.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + rows[:, None] * F + f[None, :], narrow(grad, dz_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * F + f, tl.sum(grad, axis=0), mask=f < F)
 

@@ -17,6 +17,7 @@ from cumo_kernels import tiling
 from cumo_kernels.kernels.epilogues import activation_and_derivative, column_slices
 from cumo_kernels.kernels.grouped_gemm import Weights, dot_precision, matmul_tile, num_programs, tile_of
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
+from cumo_kernels.kernels.numerics import narrow
 from cumo_kernels.kernels.schedule import expert_rows, locate
 
 
@@ -46,20 +47,20 @@ def _dact_slice(
         a = value * up
         dgate = s[:, None] * da * up * slope
         dup = s[:, None] * da * value
-        tl.store(dz, dgate.to(dz_ptr.dtype.element_ty), mask=mask)
-        tl.store(dz + N, dup.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz, narrow(dgate, dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz + N, narrow(dup, dz_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
             _store_column_sums(partial_ptr, row_tile, width, dgate, valid, columns, N)
             _store_column_sums(partial_ptr + N, row_tile, width, dup, valid, columns, N)
     else:
         a = value
         dvalue = s[:, None] * da * slope
-        tl.store(dz, dvalue.to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz, narrow(dvalue, dz_ptr.dtype.element_ty), mask=mask)
         if partial_ptr is not None:
             _store_column_sums(partial_ptr, row_tile, width, dvalue, valid, columns, N)
     if a_ptr is not None:
         at = row[:, None] * N + columns[None, :]
-        tl.store(tile_of(a_ptr, first_row, N) + at, (s[:, None] * a).to(a_ptr.dtype.element_ty), mask=mask)
+        tl.store(tile_of(a_ptr, first_row, N) + at, narrow(s[:, None] * a, a_ptr.dtype.element_ty), mask=mask)
     return tl.sum(tl.where(mask, da * a, 0.0), axis=1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cumo_kernels import tiling
 from cumo_kernels.kernels.epilogues import activation, column_slices
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
+from cumo_kernels.kernels.numerics import dot, narrow
 from cumo_kernels.kernels.schedule import expert_rows, locate
 
 
@@ -60,9 +61,9 @@ def multiply_accumulate(x, w, acc, SWAP: tl.constexpr, PRECISION: tl.constexpr):
     """acc += x w, or with SWAP its transpose acc += w^T x^T, which fills tensor-core instructions of 64 rows with
     weights when there are only a few tokens."""
     if SWAP:
-        return tl.dot(w.T, x.T, acc, input_precision=PRECISION)
+        return dot(w.T, x.T, acc, PRECISION)
     else:
-        return tl.dot(x, w, acc, input_precision=PRECISION)
+        return dot(x, w, acc, PRECISION)
 
 
 @triton.jit
@@ -139,9 +140,9 @@ def _store_slice(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
-        tl.store(tile_of(z_ptr, first_row, N) + at, acc.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(tile_of(z_ptr, first_row, N) + at, narrow(acc, z_ptr.dtype.element_ty), mask=mask)
     if out_ptr is not None:
-        out = activation(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
+        out = narrow(activation(acc, ACTIVATION), out_ptr.dtype.element_ty)
         tl.store(tile_of(out_ptr, first_row, N) + at, out, mask=mask)
 
 
@@ -159,10 +160,10 @@ def _store_slice_gated(
         up += tl.load(bias + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if z_ptr is not None:
         z = tile_of(z_ptr, first_row, 2 * N) + row * (2 * N) + columns[None, :]
-        tl.store(z, gate.to(z_ptr.dtype.element_ty), mask=mask)
-        tl.store(z + N, up.to(z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z, narrow(gate, z_ptr.dtype.element_ty), mask=mask)
+        tl.store(z + N, narrow(up, z_ptr.dtype.element_ty), mask=mask)
     if out_ptr is not None:
-        out = (activation(gate, ACTIVATION) * up).to(out_ptr.dtype.element_ty)
+        out = narrow(activation(gate, ACTIVATION) * up, out_ptr.dtype.element_ty)
         tl.store(tile_of(out_ptr, first_row, N) + row * N + columns[None, :], out, mask=mask)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cumo_kernels import tiling
 from cumo_kernels.kernels.grouped_gemm import dot_precision
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
+from cumo_kernels.kernels.numerics import dot, narrow
 from cumo_kernels.kernels.schedule import expert_rows, swizzle
 
 
@@ -72,7 +73,7 @@ def _grouped_wgrad_kernel(
             before = tl.sum(tl.where(tl.arange(0, E_PAD) < expert, tiles, 0), axis=0)
             count = (end - start + PARTIAL_ROWS - 1) // PARTIAL_ROWS
             total = _sum_partials(partial_ptr, before, count, at_m, M, 16)
-            tl.store(dbias_ptr + expert * M + at_m, total.to(dbias_ptr.dtype.element_ty), mask=at_m < M)
+            tl.store(dbias_ptr + expert * M + at_m, narrow(total, dbias_ptr.dtype.element_ty), mask=at_m < M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     whole = (end - start) // BLOCK_K * BLOCK_K
     for row in range(start, start + whole, BLOCK_K):
@@ -84,13 +85,13 @@ def _grouped_wgrad_kernel(
             x_tile = x.load([row, n])
         else:
             x_tile = _load_block(x_ptr, token_ptr, row, end, at_n, N, stride_xk, X_GATHER, False, BLOCK_K)
-        acc = tl.dot(g_tile.T, x_tile, acc, input_precision=PRECISION)
+        acc = dot(g_tile.T, x_tile, acc, PRECISION)
     if start + whole < end:
         g_tile = _load_block(g_ptr, token_ptr, start + whole, end, at_m, M, stride_gk, G_GATHER, True, BLOCK_K)
         x_tile = _load_block(x_ptr, token_ptr, start + whole, end, at_n, N, stride_xk, X_GATHER, True, BLOCK_K)
-        acc = tl.dot(g_tile.T, x_tile, acc, input_precision=PRECISION)
+        acc = dot(g_tile.T, x_tile, acc, PRECISION)
     at = expert.to(tl.int64) * M * N + at_m.to(tl.int64)[:, None] * N + at_n[None, :]
-    tl.store(dw_ptr + at, acc.to(dw_ptr.dtype.element_ty), mask=(at_m < M)[:, None] & (at_n < N)[None, :])
+    tl.store(dw_ptr + at, narrow(acc, dw_ptr.dtype.element_ty), mask=(at_m < M)[:, None] & (at_n < N)[None, :])
 
 
 def grouped_wgrad(

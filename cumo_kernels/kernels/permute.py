@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cumo_kernels import tiling
 from cumo_kernels.kernels.launch import launch
+from cumo_kernels.kernels.numerics import narrow
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -76,9 +77,9 @@ def _combine_kernel(
             score = tl.zeros((BLOCK_N,), dtype=tl.float32)
             for p in range(P):
                 score += tl.load(score_ptr + p * N.to(tl.int64) + slot, mask=first, other=0.0)
-            score = score.to(dweight_ptr.dtype.element_ty)
+            score = narrow(score, dweight_ptr.dtype.element_ty)
             tl.store(dweight_ptr + t * K + k, score, mask=(t < T) & (tl.program_id(1) == 0))
-    tl.store(out_ptr + t[:, None] * D + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=tile)
+    tl.store(out_ptr + t[:, None] * D + d[None, :], narrow(acc, out_ptr.dtype.element_ty), mask=tile)
 
 
 def combine_forward(
@@ -131,9 +132,9 @@ def _combine_backward_kernel(
         dout = tl.load(dout_ptr + token[:, None] * stride_ot + d[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + n[:, None] * stride_yn + d[None, :], mask=mask, other=0.0).to(tl.float32)
         dweight += tl.sum(dout * y, axis=1)
-        dy = (weight[:, None] * dout).to(dy_ptr.dtype.element_ty)
+        dy = narrow(weight[:, None] * dout, dy_ptr.dtype.element_ty)
         tl.store(dy_ptr + n[:, None] * D + d[None, :], dy, mask=(n < N)[:, None] & (d < D)[None, :])
-    tl.store(dweight_ptr + route, dweight.to(dweight_ptr.dtype.element_ty), mask=n < N)
+    tl.store(dweight_ptr + route, narrow(dweight, dweight_ptr.dtype.element_ty), mask=n < N)
 
 
 def combine_backward(

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gating with its linear layer inside: tokens are read once, for logits, selection and losses together."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cumo_kernels import tiling
+from cumo_kernels.kernels.gating import TL_DTYPES, finish_losses, new_routing, route_block, store_sums
+from cumo_kernels.kernels.grouped_gemm import dot_precision
+from cumo_kernels.kernels.launch import launch
+from cumo_kernels.kernels.numerics import dot
+
+
+@triton.jit(do_not_specialize=["segment", "blocks"])
+def _linear_gating_kernel(
+    x_ptr, gate_ptr, logits_ptr,  # (T, D), (E, D), (T, E) fp32
+    weight_ptr, expert_ptr, sums_ptr,  # (T, K) probs_dtype, (T, K) int32, (S * blocks, 2 E + 1) fp32
+    D, stride_xt, stride_ge, segment, blocks,
+    E: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORMALIZE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """logits = x gate^T; then as `_topk_gating_kernel`.
+
+    Grid (S * blocks,); a program owns one block of tokens of one segment. Products are exact in fp32 (PRECISION
+    "ieee"), sums in fp32 in the order of d. E_PAD is at least 16, the least width of a matrix product.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    i = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (program // blocks) * segment + i
+    e = tl.arange(0, E_PAD)
+    logits = tl.zeros((BLOCK_T, E_PAD), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(
+            x_ptr + t[:, None] * stride_xt + d[None, :], mask=(i < segment)[:, None] & (d < D)[None, :], other=0.0
+        )
+        gate = tl.load(
+            gate_ptr + e[:, None] * stride_ge + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0
+        )
+        if x.dtype != gate.dtype:
+            x, gate = x.to(tl.float32), gate.to(tl.float32)
+        logits = dot(x, gate.T, logits, PRECISION)
+    mask = (i < segment)[:, None] & (e < E)[None, :]
+    tl.store(logits_ptr + t[:, None] * E + e[None, :], logits, mask=mask)
+    p, f, z = route_block(
+        logits, t, i < segment, weight_ptr, expert_ptr, E, K, E_PAD, K_PAD, BLOCK_T, NORMALIZE, PROBS_DTYPE
+    )
+    store_sums(p, f, z, program, sums_ptr, E, E_PAD)
+
+
+def linear_gating_forward(
+    x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two launches: gating and losses; returns weight_TK, expert_TK, balance_S, z_S, share_SE and logits_TE."""
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    gate_ED = gate_ED if gate_ED.stride(1) == 1 else gate_ED.contiguous()
+    (T, D), E = x_TD.shape, gate_ED.shape[0]
+    routing = new_routing(x_TD, E, top_k, segment, probs_dtype)
+    weight_TK, expert_TK, balance_S, z_S, share_SE = routing
+    logits_TE = x_TD.new_empty((T, E), dtype=torch.float32)
+    if T == 0:
+        return *routing, logits_TE
+    tile = tiling.linear_gating_tile(segment, E)
+    blocks = triton.cdiv(segment, tile.BLOCK_T)
+    sums = x_TD.new_empty((balance_S.shape[0] * blocks, 2 * E + 1), dtype=torch.float32)
+    launch(
+        _linear_gating_kernel, (balance_S.shape[0] * blocks,),
+        x_TD, gate_ED, logits_TE, weight_TK, expert_TK, sums, D, x_TD.stride(0), gate_ED.stride(0), segment, blocks,
+        E=E, K=top_k, E_PAD=max(16, triton.next_power_of_2(E)), K_PAD=triton.next_power_of_2(top_k),
+        NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], PRECISION=dot_precision(gate_ED.dtype),
+        **tile.meta(),
+    )  # fmt: skip
+    finish_losses(sums, balance_S, z_S, share_SE, segment, blocks)
+    return *routing, logits_TE

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-K gating with the router's linear layer fused into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cumo_kernels import reference
+from cumo_kernels.backend import backend_for
+from cumo_kernels.checks import (
+    check_floating,
+    check_one_of,
+    check_same_device,
+    check_segment,
+    check_shapes,
+    check_top_k,
+)
+from cumo_kernels.ops.common import check_kernel_dtype
+from cumo_kernels.ops.topk_gating import PROBS_DTYPES, topk_gating_backward
+from cumo_kernels.types import Routing
+
+MAX_EXPERTS = 64  # the logits of a block of tokens are one accumulator of a matrix product
+
+
+@torch.library.custom_op("cumo_kernels::linear_topk_gating", mutates_args=())
+def _linear_topk_gating(
+    x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from cumo_kernels.kernels.linear_gating import linear_gating_forward
+
+    return linear_gating_forward(x_TD, gate_ED, top_k, segment, normalize, probs_dtype)
+
+
+@_linear_topk_gating.register_fake
+def _(
+    x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from cumo_kernels.kernels.gating import new_routing
+
+    T, E = x_TD.shape[0], gate_ED.shape[0]
+    return *new_routing(x_TD, E, top_k, segment, probs_dtype), x_TD.new_empty((T, E), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    x_TD, gate_ED, _, ctx.segment, ctx.normalize, _ = inputs
+    _, expert_TK, _, _, share_SE, logits_TE = output
+    ctx.mark_non_differentiable(expert_TK, share_SE, logits_TE)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TD, gate_ED, logits_TE, expert_TK, share_SE)
+
+
+def _backward(
+    ctx: Any, dweight_TK: Tensor | None, _e: None, dbalance_S: Tensor | None, dz_S: Tensor | None, _s: None, _l: None
+) -> tuple[Tensor | None, ...]:
+    x_TD, gate_ED, *saved = ctx.saved_tensors
+    dlogits_TE = topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, ctx.segment, ctx.normalize)
+    dx_TD = (dlogits_TE @ gate_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
+    dgate_ED = (dlogits_TE.T @ x_TD.float()).to(gate_ED.dtype) if ctx.needs_input_grad[1] else None
+    return dx_TD, dgate_ED, None, None, None, None
+
+
+_linear_topk_gating.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_topk_gating(
+    x_TD: Tensor,
+    gate_ED: Tensor,
+    top_k: int,
+    segment: int | None = None,
+    normalize: bool = True,
+    probs_dtype: torch.dtype = torch.float32,
+) -> Routing:
+    """`topk_gating(x gate^T, ...)` with float32 logits, reading the tokens once.
+
+    Products and sums are those of float32 whatever the dtype of `x_TD` and `gate_ED`, without a float32 copy of the
+    tokens; autocast does not touch it, as routers want full precision (ST-MoE, arXiv 2202.08906).
+
+    Args:
+        x_TD: [T, D] tokens; float16, bfloat16, float32, or float64 on the reference backend.
+        gate_ED: [E, D] weight of the router, as in `nn.Linear`; any of these dtypes.
+        top_k, segment, normalize, probs_dtype: as in `topk_gating`.
+
+    Returns:
+        `Routing`; see `topk_gating`.
+
+    Raises:
+        ValueError: an argument does not fit; on the triton backend, more than 64 experts or float64.
+    """
+    size = check_shapes(x_TD=(x_TD, "T D"), gate_ED=(gate_ED, "E D"))
+    check_floating(x_TD=x_TD, gate_ED=gate_ED)
+    check_same_device(x_TD=x_TD, gate_ED=gate_ED)
+    check_top_k(top_k, size["E"])
+    check_one_of("probs_dtype", probs_dtype, PROBS_DTYPES)
+    tokens = check_segment(segment, size["T"])
+    if backend_for(x_TD) == "reference":
+        return reference.linear_topk_gating(x_TD, gate_ED, top_k, segment, normalize, probs_dtype)
+    check_kernel_dtype("x_TD", x_TD)
+    check_kernel_dtype("gate_ED", gate_ED)
+    if size["E"] > MAX_EXPERTS:
+        raise ValueError(
+            f"gate_ED: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}; "
+            "compute the logits with a linear layer and call topk_gating"
+        )
+    return Routing(*_linear_topk_gating(x_TD, gate_ED, top_k, tokens, normalize, probs_dtype)[:4])
