@@ -168,6 +168,12 @@ def row_tile(width: int) -> RowTile:
     return RowTile(BLOCK_N=max(1, min(4096 // block_d, 32)), BLOCK_D=block_d, num_warps=4)
 
 
+def grad_row_tile(rows: int) -> RowTile:
+    """Tile of a kernel that sums over the rows of an expert: of 64 rows, since every tile leaves a row of fp32 partial
+    sums, a sixteenth of the bytes it read; of 16 while there are too few rows to occupy the device so."""
+    return RowTile(BLOCK_N=64 if rows >= 8192 else 16, BLOCK_D=128, num_warps=4)
+
+
 def gating_tile(segment: int, num_experts: int) -> GatingTile:
     """One program walks a segment of up to 65536 logits, a score of blocks: that takes about as long as the launch
     of the second kernel that it saves. Blocks hold 4096 logits, 32 to a thread."""
@@ -184,9 +190,11 @@ def linear_gating_tile(segment: int, num_experts: int) -> LinearGatingTile:
 
 
 def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:
-    """Every program reading all ids costs N * E comparisons per program; up to 2**18 of them that is quicker than
-    the launch of a separate counting kernel. A ranking step compares BLOCK x BLOCK ids."""
+    """While N * E is at most 2**18, every program reads all ids, 16384 comparisons (64 to a thread) at a time: at most
+    16 steps, quicker than the launch of a separate counting kernel. Programs then are small (256 choices), so that
+    there are enough of them; with separate counts they are larger (1024), for each reads the counts of all.
+    A ranking step compares BLOCK x BLOCK ids."""
     e_pad = next_power_of_2(num_experts)
-    scan = max(64, min(1024, 8192 // e_pad))
-    counted = num_choices * e_pad > 2**18
-    return DispatchTile(CHUNK=1024, BLOCK=64, SCAN=max(1, 4096 // e_pad) if counted else scan, COUNTED=counted)
+    if num_choices * e_pad <= 2**18:
+        return DispatchTile(CHUNK=256, BLOCK=64, SCAN=max(64, 16384 // e_pad), COUNTED=False)
+    return DispatchTile(CHUNK=1024, BLOCK=min(128, max(32, 16384 // e_pad)), SCAN=max(1, 8192 // e_pad), COUNTED=True)

@@ -15,18 +15,26 @@ from cumo_kernels.kernels.launch import launch
 
 
 @triton.jit
-def _count(ids, E_PAD: tl.constexpr):
-    """How often each expert occurs in the block `ids` [BLOCK]; ids out of range match no column."""
-    hits = ids[:, None] == tl.arange(0, E_PAD)[None, :]
-    return tl.sum(hits.to(tl.int32), axis=0)
+def _load_ids(expert_ptr, i, end, E: tl.constexpr):
+    """Expert ids of the flat choices `i`: -1 for ids that are to be ignored, -2 from `end` on."""
+    ids = tl.load(expert_ptr + i, mask=i < end, other=-1)
+    ids = tl.where((ids >= 0) & (ids < E), ids, -1)
+    return tl.where(i < end, ids, -2).to(tl.int32)
 
 
 @triton.jit
-def _load_ids(expert_ptr, i, N, E: tl.constexpr):
-    """Expert ids of the flat choices `i`: -1 for ids that are to be ignored, -2 past the end."""
-    ids = tl.load(expert_ptr + i, mask=i < N, other=-1)
-    ids = tl.where((ids >= 0) & (ids < E), ids, -1)
-    return tl.where(i < N, ids, -2).to(tl.int32)
+def _hits(ids, E_PAD: tl.constexpr):
+    """Which expert each id names, as 0 and 1 [BLOCK, E_PAD]; an ignored id names none."""
+    return (ids[:, None] == tl.arange(0, E_PAD)[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _count(expert_ptr, start, end, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """How often each expert occurs in the choices start : end, added up across threads only once."""
+    hits = tl.zeros((BLOCK, E_PAD), dtype=tl.int32)
+    for i in range(start, end, BLOCK):
+        hits += _hits(_load_ids(expert_ptr, i + tl.arange(0, BLOCK), end, E), E_PAD)
+    return tl.sum(hits, axis=0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -36,10 +44,7 @@ def _count_experts_kernel(
 ):  # fmt: skip
     """counts[c, e] = how often expert e occurs in chunk c of CHUNK choices. Grid (cdiv(N, CHUNK),)."""
     chunk = tl.program_id(0)
-    count = tl.zeros((E_PAD,), dtype=tl.int32)
-    for start in range(0, CHUNK, BLOCK):
-        ids = _load_ids(expert_ptr, chunk * CHUNK + start + tl.arange(0, BLOCK), N, E)
-        count += _count(ids, E_PAD)
+    count = _count(expert_ptr, chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, N), E, E_PAD, BLOCK)
     e = tl.arange(0, E_PAD)
     tl.store(counts_ptr + chunk * E + e, count, mask=e < E)
 
@@ -55,14 +60,14 @@ def _plan_dispatch_kernel(
     """slot[i] = offset[id_i] + how many earlier choices have the same id; ignored choices stand after all others.
 
     Grid (cdiv(N, CHUNK),); a program places one chunk of choices. Counts of the whole and of the chunks before
-    its own come from `counts_ptr`, or, where N is small, from reading all ids again in blocks of SCAN: one launch
-    less. Integers only, so the sums are exact in any order.
+    its own come from `counts_ptr`, SCAN chunks at a time, or, where N is small, from reading all ids again, SCAN at a
+    time: one launch less. Integers only, so the sums are exact in any order.
     """
     chunk = tl.program_id(0)
     e = tl.arange(0, E_PAD)
-    total = tl.zeros((E_PAD,), dtype=tl.int32)
-    before = tl.zeros((E_PAD,), dtype=tl.int32)
     if COUNTED:
+        total = tl.zeros((E_PAD,), dtype=tl.int32)
+        before = tl.zeros((E_PAD,), dtype=tl.int32)
         for start in range(0, chunks, SCAN):
             c = start + tl.arange(0, SCAN)
             mask = (c < chunks)[:, None] & (e < E)[None, :]
@@ -70,10 +75,8 @@ def _plan_dispatch_kernel(
             total += tl.sum(counts, axis=0)
             before += tl.sum(tl.where((c < chunk)[:, None], counts, 0), axis=0)
     else:
-        for start in range(0, N, SCAN):
-            count = _count(_load_ids(expert_ptr, start + tl.arange(0, SCAN), N, E), E_PAD)
-            total += count
-            before += tl.where(start < chunk * CHUNK, count, 0)  # CHUNK is a multiple of SCAN
+        before = _count(expert_ptr, 0, chunk * CHUNK, E, E_PAD, SCAN)
+        total = before + _count(expert_ptr, chunk * CHUNK, N, E, E_PAD, SCAN)
     end = tl.cumsum(total, 0)
     if chunk == 0:
         tl.store(offset_ptr + e + 1, end, mask=e < E)
@@ -92,7 +95,7 @@ def _plan_dispatch_kernel(
         tl.store(slot_ptr + i, tl.where(used, row, -1), mask=i < N)
         tl.store(route_ptr + row, i, mask=i < N)
         tl.store(token_ptr + row, tl.where(used, i // K, -1), mask=i < N)
-        next_row += _count(ids, E_PAD)
+        next_row += tl.sum(_hits(ids, E_PAD), axis=0)
         next_ignored += tl.sum((ids == -1).to(tl.int32), axis=0)
 
 
@@ -112,10 +115,10 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
     if tile.COUNTED:
         launch(
             _count_experts_kernel, (chunks,), expert_TK, counts, N,
-            E=E, E_PAD=E_PAD, BLOCK=tile.BLOCK, CHUNK=tile.CHUNK, num_warps=4,
+            E=E, E_PAD=E_PAD, BLOCK=tile.BLOCK, CHUNK=tile.CHUNK, num_warps=8,
         )  # fmt: skip
     launch(
         _plan_dispatch_kernel, (chunks,), expert_TK, counts, token_N, route_N, slot_TK, offset_E1, N, chunks,
-        K=K, E=E, E_PAD=E_PAD, BLOCK=tile.BLOCK, CHUNK=tile.CHUNK, SCAN=tile.SCAN, COUNTED=tile.COUNTED, num_warps=4,
+        K=K, E=E, E_PAD=E_PAD, BLOCK=tile.BLOCK, CHUNK=tile.CHUNK, SCAN=tile.SCAN, COUNTED=tile.COUNTED, num_warps=8,
     )  # fmt: skip
     return token_N, route_N, slot_TK, offset_E1

@@ -103,7 +103,7 @@ def grad_rows(
     """Launch `_grad_rows_kernel`, if there is anything to do; rows of `dout_TO` and `x_TD` may be strided."""
     N, O, D = token_N.shape[0], dout_TO.shape[1], x_TD.shape[1]
     E = offset_E1.shape[0] - 1
-    tile = tiling.row_tile(O)
+    tile = tiling.grad_row_tile(N)
     row_tiles = triton.cdiv(N, tile.BLOCK_N) + E
     rows = GradRows(
         dout_TO.new_empty(N, O) if copy_dout else None,
@@ -158,7 +158,7 @@ def activation_grad(
     dh_NF = dh_NF if dh_NF.stride(1) == 1 else dh_NF.contiguous()
     N, F = dh_NF.shape
     E = offset_E1.shape[0] - 1
-    tile = tiling.row_tile(F)
+    tile = tiling.grad_row_tile(N)
     row_tiles = triton.cdiv(N, tile.BLOCK_N) + E
     dz_NF = dh_NF if z_NF is None else dh_NF.new_empty(N, F)
     partial = dh_NF.new_empty((row_tiles, F), dtype=torch.float32) if want_bias else None

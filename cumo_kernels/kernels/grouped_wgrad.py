@@ -72,7 +72,7 @@ def _grouped_wgrad_kernel(
             tiles, last = expert_rows(offset_ptr, E, E_PAD, PARTIAL_ROWS)
             before = tl.sum(tl.where(tl.arange(0, E_PAD) < expert, tiles, 0), axis=0)
             count = (end - start + PARTIAL_ROWS - 1) // PARTIAL_ROWS
-            total = _sum_partials(partial_ptr, before, count, at_m, M, 16)
+            total = _sum_partials(partial_ptr, before, count, at_m, M, 64)
             tl.store(dbias_ptr + expert * M + at_m, narrow(total, dbias_ptr.dtype.element_ty), mask=at_m < M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     whole = (end - start) // BLOCK_K * BLOCK_K
