@@ -70,17 +70,17 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     """Stable sort of the choices by expert. See `cumo_kernels.plan_dispatch`."""
     T, K = expert_TK.shape
     N = T * K
-    device = expert_TK.device
     flat_N = expert_TK.reshape(N)
     key_N = torch.where((flat_N >= 0) & (flat_N < num_experts), flat_N, num_experts)  # ignored ids sort last
     key_N, route_N = key_N.sort(stable=True)
-    experts_E1 = torch.arange(num_experts + 1, device=device, dtype=key_N.dtype)
-    offset_E1 = torch.searchsorted(key_N, experts_E1)
-    row_N = torch.arange(N, device=device)
+    experts_E1 = torch.arange(num_experts + 1, device=key_N.device, dtype=key_N.dtype)
+    offset_E1 = torch.searchsorted(key_N, experts_E1, out_int32=True)
     used_N = key_N < num_experts
-    slot_N = torch.empty_like(route_N).scatter_(0, route_N, torch.where(used_N, row_N, -1))
+    row_N = torch.where(used_N, torch.arange(N, device=key_N.device, dtype=torch.int32), -1)
+    slot_N = torch.empty_like(row_N).scatter_(0, route_N, row_N)
+    route_N = route_N.int()
     token_N = torch.where(used_N, route_N // K, -1)
-    return DispatchPlan(token_N.int(), route_N.int(), slot_N.view(T, K).int(), offset_E1.int())
+    return DispatchPlan(token_N, route_N, slot_N.view(T, K), offset_E1)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -223,10 +223,12 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
     T, K = plan.slot_TK.shape
     dtype = accumulation_dtype(y_NO.dtype)
     choice_TKO = _TakeRows.apply(y_NO, plan.slot_TK.view(T * K), plan.route_N.unsqueeze(1)).view(T, K, y_NO.shape[1])
-    weight_TK1 = weight_TK.to(dtype).unsqueeze(2)
-    total_TO = choice_TKO.new_zeros((), dtype=dtype) if residual_TO is None else residual_TO.to(dtype)
-    for choice_TO, weight_T1 in zip(choice_TKO.unbind(1), weight_TK1.unbind(1), strict=True):
-        total_TO = torch.addcmul(total_TO, weight_T1, choice_TO.to(dtype))
+    weights_T1 = weight_TK.to(dtype).unsqueeze(2).unbind(1)
+    choices_TO = choice_TKO.to(dtype).unbind(1)
+    first_TO = weights_T1[0] * choices_TO[0]
+    total_TO = first_TO if residual_TO is None else residual_TO + first_TO
+    for weight_T1, choice_TO in zip(weights_T1[1:], choices_TO[1:], strict=True):
+        total_TO = torch.addcmul(total_TO, weight_T1, choice_TO)
     return total_TO.to(y_NO.dtype)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         _recording.launches.append(Launch(kernel, grid, args, meta))
         if _recording.target is not None:
             return
-    kernel[grid](*args, **meta)
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    # Triton launches on the current device, which need not be that of the tensors
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
 
 
 @functools.cache

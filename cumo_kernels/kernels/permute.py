@@ -62,7 +62,7 @@ def _combine_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + t[:, None] * stride_rt + d[None, :], mask=tile, other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
+    for k in tl.range(0, K, loop_unroll_factor=min(K, 8)):
         # int64: slot * stride_yn passes 2**31 at N = 524288 rows of D = 4096
         slot = tl.load(slot_ptr + t * K + k, mask=t < T, other=-1).to(tl.int64)
         used = slot >= 0
