@@ -79,10 +79,10 @@ def _walk(case: Case, dtype: torch.dtype) -> None:
     x, dy, w1, w2 = empty(T, D), empty(T, O), empty(E, F1, D), empty(E, O, F)
     b1, b2 = (empty(E, F1), empty(E, O)) if case.bias else (None, None)
     logits, segment = empty(T, E, dtype=torch.float32), case.segment or T
-    weight, expert, balance, z, share = gating.topk_gating_forward(logits, K, segment, True, torch.float32)
+    weight, expert, balance, z, probs, share = gating.topk_gating_forward(logits, K, segment, True, torch.float32)
     if E <= MAX_EXPERTS:
         linear_gating.linear_gating_forward(x, empty(E, D), K, segment, True, torch.float32)
-    gating.topk_gating_backward(logits, expert, share, weight, balance, z, segment, True)
+    gating.topk_gating_backward(logits, expert, share, weight, balance, z, probs, segment, True)
     token, route, slot, offset = dispatch.plan_dispatch(expert, E)
     for need_x in (True, False):
         z_NF = empty(T * K, F1) if need_x else None  # the second time as with recompute=True and frozen inputs

@@ -48,7 +48,7 @@ def topk_gating(
     share_SE = first_TE.view(S, segment, E).sum(dim=1) / tokens
     balance_S = E * (mean_probs_SE * share_SE).sum(dim=-1)
     z_S = logits_TE.logsumexp(dim=-1).square().view(S, segment).sum(dim=1) / tokens
-    return Routing(weight_TK, expert_TK.int(), balance_S, z_S)
+    return Routing(weight_TK, expert_TK.int(), balance_S, z_S, mean_probs_SE)
 
 
 def linear_topk_gating(

@@ -21,7 +21,7 @@ from cumo_kernels.checks import check_shapes
 class Routing(NamedTuple):
     """What the router decided for each token, and its auxiliary losses.
 
-    `weight_TK` and both losses are differentiable with respect to the logits.
+    `weight_TK`, `mean_probs_SE` and both losses are differentiable with respect to the logits.
     """
 
     weight_TK: Tensor
@@ -32,6 +32,8 @@ class Routing(NamedTuple):
     """`balance_S[s]` = E * sum_e mean_t p[t, e] * share of first choices that went to e, over segment s (float32)."""
     z_S: Tensor
     """`z_S[s]` = mean over segment s of logsumexp(logits[t])**2 (float32)."""
+    mean_probs_SE: Tensor
+    """`mean_probs_SE[s, e]` = mean over segment s of p[t, e] (float32): what other balance losses are made of."""
 
     def validate(self, num_experts: int) -> None:
         """Raise `ValueError` where shapes disagree or a token names an expert twice or out of range.
@@ -43,7 +45,10 @@ class Routing(NamedTuple):
             expert_TK=(self.expert_TK, "T K"),
             balance_S=(self.balance_S, "S"),
             z_S=(self.z_S, "S"),
+            mean_probs_SE=(self.mean_probs_SE, "S E"),
         )
+        if size["E"] != num_experts:
+            raise ValueError(f"mean_probs_SE: expected E={num_experts}, got {list(self.mean_probs_SE.shape)}")
         if self.expert_TK.dtype != torch.int32:
             raise ValueError(f"expert_TK: expected int32, got {self.expert_TK.dtype}")
         expert_TK = self.expert_TK.cpu()

@@ -79,14 +79,16 @@ def route_block(
 
 @triton.jit
 def store_losses(
-    prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, share_ptr, E: tl.constexpr, E_PAD: tl.constexpr
-):
-    """Finish segment s from its sums: balance = E sum_e mean p_e * share_e, z = mean lse^2, and the shares."""
+    prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, probs_ptr, share_ptr,
+    E: tl.constexpr, E_PAD: tl.constexpr,
+):  # fmt: skip
+    """Finish segment s from its sums: balance = E sum_e mean p_e * share_e, z = mean lse^2, mean p, and the shares."""
     e = tl.arange(0, E_PAD)
     tokens = segment.to(tl.float32)
-    share = first_sum / tokens
+    share, probs = first_sum / tokens, prob_sum / tokens
     tl.store(share_ptr + s * E + e, share, mask=e < E)
-    tl.store(balance_ptr + s, E * tl.sum(prob_sum / tokens * share, axis=0))
+    tl.store(probs_ptr + s * E + e, probs, mask=e < E)
+    tl.store(balance_ptr + s, E * tl.sum(probs * share, axis=0))
     tl.store(z_ptr + s, z_sum / tokens)
 
 
@@ -104,7 +106,7 @@ def store_sums(prob_sum, first_sum, z_sum, block, sums_ptr, E: tl.constexpr, E_P
 def _topk_gating_kernel(
     logits_ptr,  # (T, E), rows contiguous
     weight_ptr, expert_ptr,  # (T, K) probs_dtype, (T, K) int32
-    balance_ptr, z_ptr, share_ptr,  # (S,), (S,), (S, E) fp32: written if ONE_PROGRAM
+    balance_ptr, z_ptr, probs_ptr, share_ptr,  # (S,), (S,), (S, E), (S, E) fp32: written if ONE_PROGRAM
     sums_ptr,  # (S * blocks, 2 E + 1) fp32: written if not ONE_PROGRAM
     segment, blocks,
     E: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -132,7 +134,7 @@ def _topk_gating_kernel(
             prob_sum += p
             first_sum += f
             z_sum += z
-        store_losses(prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, share_ptr, E, E_PAD)
+        store_losses(prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, probs_ptr, share_ptr, E, E_PAD)
     else:
         program = tl.program_id(0).to(tl.int64)
         i = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -148,7 +150,7 @@ def _topk_gating_kernel(
 @triton.jit(do_not_specialize=["segment", "blocks"])
 def _gating_losses_kernel(
     sums_ptr,  # (S * blocks, 2 E + 1) fp32
-    balance_ptr, z_ptr, share_ptr,  # (S,), (S,), (S, E) fp32
+    balance_ptr, z_ptr, probs_ptr, share_ptr,  # (S,), (S,), (S, E), (S, E) fp32
     segment, blocks,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -165,20 +167,20 @@ def _gating_losses_kernel(
         prob_sum += tl.sum(tl.load(base[:, None] + e[None, :], mask=mask, other=0.0), axis=0)
         first_sum += tl.sum(tl.load(base[:, None] + E + e[None, :], mask=mask, other=0.0), axis=0)
         z_sum += tl.sum(tl.load(base + 2 * E, mask=block < blocks, other=0.0), axis=0)
-    store_losses(prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, share_ptr, E, E_PAD)
+    store_losses(prob_sum, first_sum, z_sum, s, segment, balance_ptr, z_ptr, probs_ptr, share_ptr, E, E_PAD)
 
 
 @triton.jit(do_not_specialize=["T", "segment"])
 def _topk_gating_backward_kernel(
     logits_ptr, expert_ptr, share_ptr,  # (T, E), (T, K) int32, (S, E) fp32
-    dweight_ptr, dbalance_ptr, dz_ptr,  # (T, K), (S,), (S,): None where nothing flows back
+    dweight_ptr, dbalance_ptr, dz_ptr, dprobs_ptr,  # (T, K), (S,), (S,), (S, E): None where nothing flows back
     dlogits_ptr,  # (T, E)
     T, segment,
     E: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """dl_te = p_te (g_te - sum_e' p_te' g_te') + dz_s 2 lse_t p_te / n, where g = dL/dp of token t and n = segment.
 
-    g has a part of the balance loss, dbalance_s E share_se / n, and one of the weights of the selected experts:
+    g has a part of the losses, (dbalance_s E share_se + dprobs_se) / n, and one of the weights of the selected experts:
     with w = p / sum_selected p it is (dw_e - sum_selected dw w) / sum_selected p, without it dw_e.
     Grid (cdiv(T, BLOCK_T),); a program owns whole tokens; fp32 throughout.
     """
@@ -205,6 +207,8 @@ def _topk_gating_backward_kernel(
         share = tl.load(share_ptr + s[:, None] * E + e[None, :], mask=mask, other=0.0)
         dbalance = tl.load(dbalance_ptr + s, mask=t < T, other=0.0)
         grad += (dbalance * (E / segment))[:, None] * share
+    if dprobs_ptr is not None:
+        grad += tl.load(dprobs_ptr + s[:, None] * E + e[None, :], mask=mask, other=0.0) / segment
     dlogits = probs * (grad - tl.sum(probs * grad, axis=1)[:, None])
     if dz_ptr is not None:
         dz = tl.load(dz_ptr + s, mask=t < T, other=0.0)
@@ -217,33 +221,33 @@ TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 def topk_gating_forward(
     logits_TE: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the gating; returns weight_TK, expert_TK, balance_S, z_S and share_SE (for the backward)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the gating; returns the fields of `Routing` and share_SE, for the backward."""
     T, E = logits_TE.shape
     outputs = new_routing(logits_TE, E, top_k, segment, probs_dtype)
-    weight_TK, expert_TK, balance_S, z_S, share_SE = outputs
+    weight_TK, expert_TK, *losses = outputs
     if T == 0:
         return outputs
-    S = balance_S.shape[0]
+    S = T // segment
     tile = tiling.gating_tile(segment, E)
     blocks = triton.cdiv(segment, tile.BLOCK_T)
     sums = logits_TE.new_empty((0 if tile.ONE_PROGRAM else S * blocks, 2 * E + 1), dtype=torch.float32)
     launch(
         _topk_gating_kernel, (S if tile.ONE_PROGRAM else S * blocks,),
-        logits_TE.contiguous(), weight_TK, expert_TK, balance_S, z_S, share_SE, sums, segment, blocks,
+        logits_TE.contiguous(), weight_TK, expert_TK, *losses, sums, segment, blocks,
         E=E, K=top_k, E_PAD=triton.next_power_of_2(E), K_PAD=triton.next_power_of_2(top_k), BLOCK_T=tile.BLOCK_T,
         NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], ONE_PROGRAM=tile.ONE_PROGRAM,
         num_warps=tile.num_warps,
     )  # fmt: skip
     if not tile.ONE_PROGRAM:
-        finish_losses(sums, balance_S, z_S, share_SE, segment, blocks)
+        finish_losses(sums, losses, segment, blocks)
     return outputs
 
 
 def new_routing(
     like: Tensor, num_experts: int, top_k: int, segment: int, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised weight_TK, expert_TK, balance_S, z_S, share_SE for the T tokens of `like`; zeros if T = 0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised fields of `Routing`, and share_SE, for the T tokens of `like`; zeros if T = 0."""
     T, E = like.shape[0], num_experts
     S = T // segment if segment else 1
     new = like.new_empty if T else like.new_zeros
@@ -253,15 +257,16 @@ def new_routing(
         new((S,), dtype=torch.float32),
         new((S,), dtype=torch.float32),
         new((S, E), dtype=torch.float32),
+        new((S, E), dtype=torch.float32),
     )
 
 
-def finish_losses(sums: Tensor, balance_S: Tensor, z_S: Tensor, share_SE: Tensor, segment: int, blocks: int) -> None:
-    """Launch `_gating_losses_kernel`."""
-    S, E = share_SE.shape
+def finish_losses(sums: Tensor, losses: list[Tensor], segment: int, blocks: int) -> None:
+    """Launch `_gating_losses_kernel`, which fills `losses`: balance_S, z_S, mean_probs_SE and share_SE."""
+    S, E = losses[-1].shape
     E_PAD = triton.next_power_of_2(E)
     launch(
-        _gating_losses_kernel, (S,), sums, balance_S, z_S, share_SE, segment, blocks,
+        _gating_losses_kernel, (S,), sums, *losses, segment, blocks,
         E=E, E_PAD=E_PAD, BLOCK_B=max(1, 4096 // E_PAD), num_warps=4,
     )  # fmt: skip
 
@@ -273,6 +278,7 @@ def topk_gating_backward(
     dweight_TK: Tensor | None,
     dbalance_S: Tensor | None,
     dz_S: Tensor | None,
+    dprobs_SE: Tensor | None,
     segment: int,
     normalize: bool,
 ) -> Tensor:
@@ -283,7 +289,7 @@ def topk_gating_backward(
     launch(
         _topk_gating_backward_kernel, (triton.cdiv(T, tile.BLOCK_T),),
         logits_TE.contiguous(), expert_TK, share_SE,
-        *(grad if grad is None else grad.contiguous() for grad in (dweight_TK, dbalance_S, dz_S)),
+        *(grad if grad is None else grad.contiguous() for grad in (dweight_TK, dbalance_S, dz_S, dprobs_SE)),
         dlogits_TE, T, segment,
         E=E, K=expert_TK.shape[1], E_PAD=triton.next_power_of_2(E), BLOCK_T=tile.BLOCK_T, NORMALIZE=normalize,
         num_warps=tile.num_warps,

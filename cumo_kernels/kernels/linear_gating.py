@@ -55,25 +55,25 @@ def _linear_gating_kernel(
 
 def linear_gating_forward(
     x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Two launches: gating and losses; returns weight_TK, expert_TK, balance_S, z_S, share_SE and logits_TE."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Two launches: gating and losses; returns the fields of `Routing`, share_SE and logits_TE."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     gate_ED = gate_ED if gate_ED.stride(1) == 1 else gate_ED.contiguous()
     (T, D), E = x_TD.shape, gate_ED.shape[0]
     routing = new_routing(x_TD, E, top_k, segment, probs_dtype)
-    weight_TK, expert_TK, balance_S, z_S, share_SE = routing
+    weight_TK, expert_TK, *losses = routing
     logits_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     if T == 0:
         return *routing, logits_TE
     tile = tiling.linear_gating_tile(segment, E)
     blocks = triton.cdiv(segment, tile.BLOCK_T)
-    sums = x_TD.new_empty((balance_S.shape[0] * blocks, 2 * E + 1), dtype=torch.float32)
+    sums = x_TD.new_empty((T // segment * blocks, 2 * E + 1), dtype=torch.float32)
     launch(
-        _linear_gating_kernel, (balance_S.shape[0] * blocks,),
+        _linear_gating_kernel, (T // segment * blocks,),
         x_TD, gate_ED, logits_TE, weight_TK, expert_TK, sums, D, x_TD.stride(0), gate_ED.stride(0), segment, blocks,
         E=E, K=top_k, E_PAD=max(16, triton.next_power_of_2(E)), K_PAD=triton.next_power_of_2(top_k),
         NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], PRECISION=dot_precision(gate_ED.dtype),
         **tile.meta(),
     )  # fmt: skip
-    finish_losses(sums, balance_S, z_S, share_SE, segment, blocks)
+    finish_losses(sums, losses, segment, blocks)
     return *routing, logits_TE

@@ -28,7 +28,7 @@ MAX_EXPERTS = 64  # the logits of a block of tokens are one accumulator of a mat
 @torch.library.custom_op("cumo_kernels::linear_topk_gating", mutates_args=())
 def _linear_topk_gating(
     x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cumo_kernels.kernels.linear_gating import linear_gating_forward
 
     return linear_gating_forward(x_TD, gate_ED, top_k, segment, normalize, probs_dtype)
@@ -37,7 +37,7 @@ def _linear_topk_gating(
 @_linear_topk_gating.register_fake
 def _(
     x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cumo_kernels.kernels.gating import new_routing
 
     T, E = x_TD.shape[0], gate_ED.shape[0]
@@ -46,17 +46,16 @@ def _(
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x_TD, gate_ED, _, ctx.segment, ctx.normalize, _ = inputs
-    _, expert_TK, _, _, share_SE, logits_TE = output
+    _, expert_TK, *_, share_SE, logits_TE = output
     ctx.mark_non_differentiable(expert_TK, share_SE, logits_TE)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_TD, gate_ED, logits_TE, expert_TK, share_SE)
 
 
-def _backward(
-    ctx: Any, dweight_TK: Tensor | None, _e: None, dbalance_S: Tensor | None, dz_S: Tensor | None, _s: None, _l: None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dweight_TK, _, dbalance_S, dz_S, dprobs_SE, _, _ = grads
     x_TD, gate_ED, *saved = ctx.saved_tensors
-    dlogits_TE = topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, ctx.segment, ctx.normalize)
+    dlogits_TE = topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, dprobs_SE, ctx.segment, ctx.normalize)
     dx_TD = (dlogits_TE @ gate_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
     dgate_ED = (dlogits_TE.T @ x_TD.float()).to(gate_ED.dtype) if ctx.needs_input_grad[1] else None
     return dx_TD, dgate_ED, None, None, None, None
@@ -104,4 +103,4 @@ def linear_topk_gating(
             f"gate_ED: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}; "
             "compute the logits with a linear layer and call topk_gating"
         )
-    return Routing(*_linear_topk_gating(x_TD, gate_ED, top_k, tokens, normalize, probs_dtype)[:4])
+    return Routing(*_linear_topk_gating(x_TD, gate_ED, top_k, tokens, normalize, probs_dtype)[:5])

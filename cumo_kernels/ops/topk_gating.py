@@ -21,7 +21,7 @@ MAX_EXPERTS = 256  # a row of logits lives in the registers of one program
 @torch.library.custom_op("cumo_kernels::topk_gating", mutates_args=())
 def _topk_gating(
     logits_TE: Tensor, top_k: int, segment: int, normalize: bool, probs_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cumo_kernels.kernels.gating import topk_gating_forward
 
     return topk_gating_forward(logits_TE, top_k, segment, normalize, probs_dtype)
@@ -34,7 +34,7 @@ def _(
     segment: int,
     normalize: bool,
     probs_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from cumo_kernels.kernels.gating import new_routing
 
     return new_routing(logits_TE, logits_TE.shape[1], top_k, segment, probs_dtype)
@@ -48,13 +48,16 @@ def topk_gating_backward(
     dweight_TK: Tensor | None,
     dbalance_S: Tensor | None,
     dz_S: Tensor | None,
+    dprobs_SE: Tensor | None,
     segment: int,
     normalize: bool,
 ) -> Tensor:
     """The gradient of the logits."""
     from cumo_kernels.kernels.gating import topk_gating_backward
 
-    return topk_gating_backward(logits_TE, expert_TK, share_SE, dweight_TK, dbalance_S, dz_S, segment, normalize)
+    return topk_gating_backward(
+        logits_TE, expert_TK, share_SE, dweight_TK, dbalance_S, dz_S, dprobs_SE, segment, normalize
+    )
 
 
 @topk_gating_backward.register_fake
@@ -64,23 +67,17 @@ def _(logits_TE: Tensor, *_: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     logits_TE, _, ctx.segment, ctx.normalize, _ = inputs
-    _, expert_TK, _, _, share_SE = output
+    _, expert_TK, *_, share_SE = output
     ctx.mark_non_differentiable(expert_TK, share_SE)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits_TE, expert_TK, share_SE)
 
 
-def _backward(
-    ctx: Any, dweight_TK: Tensor | None, _expert: None, dbalance_S: Tensor | None, dz_S: Tensor | None, _share: None
-) -> tuple[Tensor | None, None, None, None, None]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dweight_TK, _, dbalance_S, dz_S, dprobs_SE, _ = grads
     saved = ctx.saved_tensors
-    return (
-        topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, ctx.segment, ctx.normalize),
-        None,
-        None,
-        None,
-        None,
-    )
+    dlogits_TE = topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, dprobs_SE, ctx.segment, ctx.normalize)
+    return dlogits_TE, None, None, None, None
 
 
 _topk_gating.register_autograd(_backward, setup_context=_setup_context)
@@ -111,7 +108,7 @@ def topk_gating(
             CuMo does in bfloat16. With float64 logits, float32 means "not rounded".
 
     Returns:
-        `Routing` with weight_TK in `probs_dtype`, expert_TK int32, balance_S and z_S float32.
+        `Routing` with weight_TK in `probs_dtype`, expert_TK int32, balance_S, z_S and mean_probs_SE float32.
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, more than 256 experts or float64.
@@ -126,4 +123,4 @@ def topk_gating(
     check_kernel_dtype("logits_TE", logits_TE)
     if size["E"] > MAX_EXPERTS:
         raise ValueError(f"logits_TE: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}")
-    return Routing(*_topk_gating(logits_TE, top_k, tokens, normalize, probs_dtype)[:4])
+    return Routing(*_topk_gating(logits_TE, top_k, tokens, normalize, probs_dtype)[:5])
