@@ -52,6 +52,8 @@ CASES = (
     Case("Mixtral, 64 tokens", 64, 2, 8, 4096, 14336, 4096, "silu", True, False, None),
     Case("Mixtral, 8 tokens", 8, 2, 8, 4096, 14336, 4096, "silu", True, False, None),
     Case("128 fine-grained experts", 32768, 8, 128, 2048, 768, 2048, "silu", True, False, None),
+    Case("64 experts of Mixtral's width", 512, 6, 64, 4096, 2048, 4096, "silu", True, False, None),
+    Case("256 experts of DeepSeek-V3's width", 8192, 8, 256, 7168, 2048, 7168, "silu", True, False, None),
     Case("connector, 8 tokens", 8, 2, 4, 2048, 4096, 4096, "gelu", False, True, None),
 )
 

@@ -176,17 +176,19 @@ def grad_row_tile(rows: int) -> RowTile:
 
 def gating_tile(segment: int, num_experts: int) -> GatingTile:
     """One program walks a segment of up to 65536 logits, a score of blocks: that takes about as long as the launch
-    of the second kernel that it saves. Blocks hold 4096 logits, 32 to a thread."""
+    of the second kernel that it saves. Blocks hold 4096 logits, 16 to a thread: with 32 the gradient spills."""
     e_pad = next_power_of_2(num_experts)
     block_t = max(1, min(4096 // e_pad, next_power_of_2(max(segment, 1))))
-    return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=4)
+    num_warps = 8 if block_t * e_pad >= 4096 else 4
+    return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=num_warps)
 
 
-def linear_gating_tile(segment: int, num_experts: int) -> LinearGatingTile:
-    """64 tokens by 128 columns, 16 KB of bf16: three of them in flight keep a memory-bound program busy. With many
-    experts the accumulator wants the registers, so fewer tokens."""
-    block_t = 64 if num_experts <= 16 else 32
-    return LinearGatingTile(BLOCK_T=max(16, min(block_t, next_power_of_2(max(segment, 1)))), BLOCK_D=128)
+def linear_gating_tile(target: Target, num_experts: int) -> LinearGatingTile:
+    """64 tokens, the rows of a warp-group product, by 128 columns: 16 KB of bf16, and three such steps in flight keep a
+    memory-bound program busy. The selection among more than 16 experts wants the registers of eight warps."""
+    # for sm_100 Triton 3.7.1 fails to compile a reduction over the accumulator of a 64-row product
+    block_t = 32 if target.arch >= 100 else 64
+    return LinearGatingTile(BLOCK_T=block_t, BLOCK_D=128, num_warps=4 if num_experts <= 16 else 8)
 
 
 def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:

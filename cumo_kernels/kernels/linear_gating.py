@@ -11,7 +11,7 @@ from torch import Tensor
 from cumo_kernels import tiling
 from cumo_kernels.kernels.gating import TL_DTYPES, finish_losses, new_routing, route_block, store_sums
 from cumo_kernels.kernels.grouped_gemm import dot_precision
-from cumo_kernels.kernels.launch import launch
+from cumo_kernels.kernels.launch import launch, target_of
 from cumo_kernels.kernels.numerics import dot
 
 
@@ -65,7 +65,7 @@ def linear_gating_forward(
     logits_TE = x_TD.new_empty((T, E), dtype=torch.float32)
     if T == 0:
         return *routing, logits_TE
-    tile = tiling.linear_gating_tile(segment, E)
+    tile = tiling.linear_gating_tile(target_of(x_TD), E)
     blocks = triton.cdiv(segment, tile.BLOCK_T)
     sums = x_TD.new_empty((T // segment * blocks, 2 * E + 1), dtype=torch.float32)
     launch(
