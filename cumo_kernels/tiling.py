@@ -178,8 +178,9 @@ def gating_tile(segment: int, num_experts: int) -> GatingTile:
     """One program walks a segment of up to 65536 logits, a score of blocks: that takes about as long as the launch
     of the second kernel that it saves. Blocks hold 4096 logits, 16 to a thread: with 32 the gradient spills."""
     e_pad = next_power_of_2(num_experts)
-    block_t = max(1, min(4096 // e_pad, next_power_of_2(max(segment, 1))))
-    num_warps = 8 if block_t * e_pad >= 4096 else 4
+    logits = 4096 if e_pad < 256 else 2048  # the scatter of K gradients over 256 experts wants more registers still
+    block_t = max(1, min(logits // e_pad, next_power_of_2(max(segment, 1))))
+    num_warps = 8 if block_t * e_pad >= 2048 else 4
     return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=num_warps)
 
 
