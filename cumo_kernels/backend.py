@@ -13,7 +13,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -21,13 +20,14 @@ from cumo_kernels.checks import check_one_of
 
 BACKENDS = ("triton", "reference")
 
-_forced: ContextVar[str | None] = ContextVar("cumo_backend", default=os.environ.get("CUMO_BACKEND") or None)
+# A plain global: torch.compile guards its value, but neither that of a context variable nor of a thread's local.
+_forced: str | None = os.environ.get("CUMO_BACKEND") or None
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force the backend "triton" or "reference" for the calls in this block, in this thread.
+    """Force the backend "triton" or "reference" for the calls in this block, in every thread of the process.
 
     The backward of an operation runs on the backend of its forward.
 
@@ -35,11 +35,12 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is neither.
     """
     check_one_of("backend", name, BACKENDS)
-    token = _forced.set(name)
+    global _forced
+    previous, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = previous
 
 
 def interpreted() -> bool:
@@ -55,7 +56,7 @@ def backend_for(tensor: Tensor) -> str:
         ValueError: `CUMO_BACKEND` names no backend.
     """
     is_cuda = tensor.device.type == "cuda"
-    name = _forced.get()
+    name = _forced
     if name is None:
         name = "triton" if is_cuda else "reference"
     check_one_of("CUMO_BACKEND", name, BACKENDS)

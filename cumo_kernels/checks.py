@@ -77,9 +77,20 @@ def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
 
 
+def is_count(value: object) -> bool:
+    """Whether `value` is a positive integer; a symbolic size of torch.compile is one, a bool is not."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 1
+
+
+def check_num_experts(num_experts: int) -> None:
+    """num_experts >= 1."""
+    if not is_count(num_experts):
+        raise ValueError(f"num_experts: expected a positive integer, got {num_experts!r}")
+
+
 def check_top_k(top_k: int, num_experts: int) -> None:
     """1 <= top_k <= num_experts."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+    if not is_count(top_k) or top_k > num_experts:
         raise ValueError(f"top_k: expected an integer in 1..{num_experts} (the number of experts), got {top_k!r}")
 
 
@@ -87,6 +98,6 @@ def check_segment(segment: int | None, num_tokens: int) -> int:
     """Tokens per segment: `num_tokens` if `segment` is None, else a divisor of it."""
     if segment is None:
         return num_tokens
-    if segment < 1 or num_tokens % segment:
-        raise ValueError(f"segment: expected a divisor of the {num_tokens} tokens, got {segment}")
+    if not is_count(segment) or num_tokens % segment:
+        raise ValueError(f"segment: expected a divisor of the {num_tokens} tokens, got {segment!r}")
     return segment

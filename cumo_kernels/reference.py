@@ -222,7 +222,9 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
     """Weighted sum of each token's rows. See `cumo_kernels.combine`."""
     T, K = plan.slot_TK.shape
     dtype = accumulation_dtype(y_NO.dtype)
-    choice_TKO = _TakeRows.apply(y_NO, plan.slot_TK.view(T * K), plan.route_N.unsqueeze(1)).view(T, K, y_NO.shape[1])
+    reader_N1 = torch.where(plan.token_N < 0, -1, plan.route_N).unsqueeze(1)
+    choice_TKO = _TakeRows.apply(y_NO, plan.slot_TK.view(T * K), reader_N1).view(T, K, y_NO.shape[1])
+    weight_TK = weight_TK.masked_fill(plan.slot_TK < 0, 0)  # 0 times what an ignored choice weighs may be NaN
     weights_T1 = weight_TK.to(dtype).unsqueeze(2).unbind(1)
     choices_TO = choice_TKO.to(dtype).unbind(1)
     first_TO = weights_T1[0] * choices_TO[0]

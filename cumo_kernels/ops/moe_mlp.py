@@ -111,8 +111,10 @@ def _backward(ctx: Any, dy_TO: Tensor | None, _dz: None) -> tuple[Tensor | None,
     if dy_TO is None:
         return (None,) * NUM_INPUTS
     need = list(ctx.needs_input_grad[:6])
-    grads = moe_mlp_backward(dy_TO, *ctx.saved_tensors, ctx.activation, ctx.gated, ctx.saved_z, need)
-    wanted = (or_none(grad, n) for grad, n in zip(grads, need, strict=True))
+    wanted: list[Tensor | None] = [None] * len(need)
+    if any(need):
+        grads = moe_mlp_backward(dy_TO, *ctx.saved_tensors, ctx.activation, ctx.gated, ctx.saved_z, need)
+        wanted = [or_none(grad, n) for grad, n in zip(grads, need, strict=True)]
     return *wanted, dy_TO if ctx.needs_input_grad[6] else None, *(None,) * (NUM_INPUTS - 7)
 
 
@@ -151,7 +153,8 @@ def moe_mlp(
         activation: a name in `cumo_kernels.ACTIVATIONS`.
         gated: act(gate) * up in place of act(up), as in SwiGLU (arXiv 2002.05202).
         recompute: save x only, and run the up projection once more in the backward.
-        residual_TO: [T, O] added in float32 before the one rounding of the output, or None.
+        residual_TO: [T, O] added in float32 before the one rounding of the output, or None. Never cast, lest a wider
+            stream be rounded unnoticed: it has to have the dtype of the output.
 
     Returns:
         [T, O] in the dtype of `x_TD` (of autocast, if on).
@@ -162,9 +165,7 @@ def moe_mlp(
     """
     _check(x_TD, weight_TK, expert_TK, w1_EFD, w2_EOF, b1_EF, b2_EO, gated, residual_TO)
     check_one_of("activation", activation, ACTIVATIONS)
-    x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO, residual_TO = autocast(  # type: ignore[assignment]
-        x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO, residual_TO
-    )
+    x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO = autocast(x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO)  # type: ignore[assignment]
     check_same_dtype(x_TD=x_TD, w1_EFD=w1_EFD, w2_EOF=w2_EOF, b1_EF=b1_EF, b2_EO=b2_EO, residual_TO=residual_TO)
     if backend_for(x_TD) == "reference":
         return reference.moe_mlp(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cumo_kernels import reference
 from cumo_kernels.backend import backend_for
-from cumo_kernels.checks import check_integer, check_shapes
+from cumo_kernels.checks import check_integer, check_num_experts, check_shapes
 from cumo_kernels.types import DispatchPlan
 
 
@@ -45,8 +45,7 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     """
     size = check_shapes(expert_TK=(expert_TK, "T K"))
     check_integer(expert_TK=expert_TK)
-    if isinstance(num_experts, bool) or num_experts < 1:
-        raise ValueError(f"num_experts: expected a positive integer, got {num_experts!r}")
+    check_num_experts(num_experts)
     if size["K"] < 1:
         raise ValueError(f"expert_TK: expected at least one expert per token, got shape {list(expert_TK.shape)}")
     if backend_for(expert_TK) == "reference":
