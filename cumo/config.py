@@ -5,12 +5,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from cumo_kernels.checks import check_one_of, check_top_k
 
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
 PROBS_DTYPES = ("float32", "bfloat16", "float16")
+CONNECTORS = ("mlp2x_gelu", "linear")
+AUX_LOSSES = ("cumo", "switch")
+# openai/clip-vit-large-patch14-336, built in so that no hub needs to be asked
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+}
 
 
 class CuMoVisionConfig(PreTrainedConfig):
@@ -67,6 +81,11 @@ class CuMoVisionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def router_probs_dtype(self) -> torch.dtype:
+        """`probs_dtype` as PyTorch has it."""
+        return getattr(torch, self.probs_dtype)
+
+    @property
     def is_moe(self) -> bool:
         """Whether the blocks have experts."""
         return self.num_experts > 1
@@ -87,14 +106,59 @@ class CuMoVisionConfig(PreTrainedConfig):
         return self.encoder_config.hidden_size * len(self.scales)
 
 
-# openai/clip-vit-large-patch14-336, built in so that no hub needs to be asked
-CLIP_VIT_L_14_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "projection_dim": 768,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-}
+class CuMoConfig(PreTrainedConfig):
+    """A whole CuMo: vision encoder, connector and any decoder that transformers knows.
+
+    Args:
+        vision_config: a `CuMoVisionConfig` (or its dict).
+        text_config: configuration of the language model, of any family of `AutoModelForCausalLM` (or its dict); Mistral
+            by default.
+        connector_type: "mlp2x_gelu" or "linear".
+        connector_num_experts: experts of the connector, for "mlp2x_gelu"; 1 for a dense one.
+        connector_num_experts_per_tok: experts that each patch goes to.
+        aux_loss: "cumo" or "switch"; see `cumo.nn.losses.routing_losses`.
+        balance_loss_coef: weight of every balance loss.
+        router_z_loss_coef: weight of every z-loss.
+        image_token_id: id of the placeholder, one for each feature of a picture; by default the id after the
+            vocabulary, as it is never looked up in the embedding.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+
+    model_type = "cumo"
+    sub_configs = {"vision_config": CuMoVisionConfig, "text_config": AutoConfig}
+
+    vision_config: Any = None  # a CuMoVisionConfig once constructed
+    text_config: Any = None  # a PreTrainedConfig once constructed
+    connector_type: str = "mlp2x_gelu"
+    connector_num_experts: int = 4
+    connector_num_experts_per_tok: int = 2
+    aux_loss: str = "cumo"
+    balance_loss_coef: float = 0.1
+    router_z_loss_coef: float = 0.01
+    image_token_id: Any = None  # an int once constructed
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Make configurations of the parts' dicts, and validate."""
+        if self.vision_config is None or isinstance(self.vision_config, dict):
+            self.vision_config = CuMoVisionConfig(**_without_type(self.vision_config or {}))
+        if self.text_config is None:
+            self.text_config = AutoConfig.for_model("mistral")
+        elif isinstance(self.text_config, dict):
+            model_type = self.text_config.get("model_type", "mistral")
+            self.text_config = AutoConfig.for_model(model_type, **_without_type(self.text_config))
+        check_one_of("connector_type", self.connector_type, CONNECTORS)
+        check_one_of("aux_loss", self.aux_loss, AUX_LOSSES)
+        check_top_k(self.connector_num_experts_per_tok, self.connector_num_experts)
+        if self.connector_type == "linear" and self.connector_num_experts > 1:
+            raise ValueError("connector_num_experts: expected 1 for connector_type='linear', which has no experts")
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+
+
+def _without_type(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "model_type"}

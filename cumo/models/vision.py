@@ -26,8 +26,6 @@ from cumo.nn import MoEMLP
 from cumo.nn.upcycle import ACTIVATION_ALIASES
 from cumo_kernels import Routing
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass
 class CuMoVisionOutput(ModelOutput):
@@ -59,7 +57,7 @@ class CuMoVisionBlock(GradientCheckpointingLayer):
                 num_experts=config.num_experts,
                 top_k=config.num_experts_per_tok,
                 activation=ACTIVATION_ALIASES.get(encoder.hidden_act, encoder.hidden_act),
-                probs_dtype=_DTYPES[config.probs_dtype],
+                probs_dtype=config.router_probs_dtype,
             )
         else:
             self.mlp = CLIPMLP(encoder)
@@ -92,16 +90,23 @@ class CuMoVisionPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with the encoder's `initializer_range` for matrices, as for embeddings; experts as `nn.Linear`."""
+        """Normal with the encoder's `initializer_range`; biases zero."""
         std = getattr(self.config.encoder_config, "initializer_range", 0.02)
+        self.init_layer(module, std)
+        if isinstance(module, CLIPVisionEmbeddings):
+            init.normal_(module.class_embedding, std=std)
+        if isinstance(module, (CLIPVisionEmbeddings, SiglipVisionEmbeddings)):
+            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+
+    @staticmethod
+    def init_layer(module: nn.Module, std: float) -> None:
+        """Initialise a layer of one of the kinds that encoder and connector are made of."""
         if isinstance(module, MoEMLP):
             for weight in (module.up_proj, module.down_proj):
                 init.normal_(weight, std=std)
             for bias in (module.up_proj_bias, module.down_proj_bias):
                 if bias is not None:
                     init.zeros_(bias)
-        elif isinstance(module, CLIPVisionEmbeddings):
-            init.normal_(module.class_embedding, std=std)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -111,8 +116,6 @@ class CuMoVisionPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        if isinstance(module, (CLIPVisionEmbeddings, SiglipVisionEmbeddings)):
-            init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
 
 
 class CuMoVisionModel(CuMoVisionPreTrainedModel):

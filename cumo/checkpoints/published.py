@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the published checkpoints (`llava_mistral`, `llava_mixtral`) <-> ours, as a table; pure dict -> dict.
+
+Experts are stacked by `cumo.checkpoints.layout`; here the prefixes are exchanged, and the language model's experts take
+the names that transformers has for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cumo.checkpoints.layout import stack_state_dict, unstack_state_dict
+
+# (published pattern, published form, our pattern, our form), tried in order; {0} is what the group matched
+_TABLE = (
+    (r"model\.vision_tower\.vision_model\.encoder\.layers\.(\d+\.(?:self_attn|layer_norm\d|mlp)\..+)",
+     "model.vision_tower.vision_model.encoder.layers.{0}",
+     r"vision_tower\.layers\.(\d+\.(?:self_attn|layer_norm\d|mlp\.fc\d)\b.*)", "vision_tower.layers.{0}"),
+    (r"model\.vision_tower\.vision_model\.encoder\.layers\.(\d+)\.(.+)",
+     "model.vision_tower.vision_model.encoder.layers.{0}.{1}",
+     r"vision_tower\.layers\.(\d+)\.mlp\.(.+)", "vision_tower.layers.{0}.mlp.{1}"),
+    (r"model\.vision_tower\.vision_model\.(.+)", "model.vision_tower.vision_model.{0}",
+     r"vision_tower\.(.+)", "vision_tower.{0}"),
+    (r"model\.mm_projector\.(.+)", "model.mm_projector.{0}",
+     r"connector\.projection\.(.+)", "connector.projection.{0}"),
+    (r"model\.layers\.(\d+)\.block_sparse_moe\.gate\.weight", "model.layers.{0}.block_sparse_moe.gate.weight",
+     r"language_model\.model\.layers\.(\d+)\.mlp\.gate\.weight", "language_model.model.layers.{0}.mlp.gate.weight"),
+    (r"model\.layers\.(\d+)\.block_sparse_moe\.up_proj", "model.layers.{0}.block_sparse_moe.up_proj",
+     r"language_model\.model\.layers\.(\d+)\.mlp\.experts\.gate_up_proj",
+     "language_model.model.layers.{0}.mlp.experts.gate_up_proj"),
+    (r"model\.layers\.(\d+)\.block_sparse_moe\.down_proj", "model.layers.{0}.block_sparse_moe.down_proj",
+     r"language_model\.model\.layers\.(\d+)\.mlp\.experts\.down_proj",
+     "language_model.model.layers.{0}.mlp.experts.down_proj"),
+    (r"(.+)", "{0}", r"language_model\.(.+)", "language_model.{0}"),
+)  # fmt: skip
+
+
+def _rename(name: str, source: int, target: int) -> str:
+    for row in _TABLE:
+        match = re.fullmatch(row[source], name)
+        if match:
+            return row[target].format(*match.groups())
+    raise ValueError(f"{name}: expected a name of a CuMo checkpoint")
+
+
+def native_name(name: str) -> str:
+    """Our name of a published tensor whose experts are stacked already."""
+    return _rename(name, 0, 3)
+
+
+def published_name(name: str) -> str:
+    """The inverse of `native_name`.
+
+    Raises:
+        ValueError: `name` is none of ours.
+    """
+    return _rename(name, 2, 1)
+
+
+def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published checkpoint's tensors under our names, experts stacked.
+
+    Raises:
+        ValueError: experts are missing, left over or of different shapes.
+    """
+    return {native_name(name): tensor for name, tensor in stack_state_dict(state_dict).items()}
+
+
+def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_native`, bit for bit.
+
+    Raises:
+        ValueError: a name is none of ours.
+    """
+    return unstack_state_dict({published_name(name): tensor for name, tensor in state_dict.items()})

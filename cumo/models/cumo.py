@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CuMo: pictures and text in, text out. The language model is any decoder of transformers, as it comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+import cumo_kernels as ck
+from cumo.config import CuMoConfig
+from cumo.models.connector import CuMoConnector
+from cumo.models.vision import CuMoVisionModel, CuMoVisionPreTrainedModel
+from cumo.nn.losses import AuxLosses, routing_losses
+
+
+@dataclass
+class CuMoOutput(ModelOutput):
+    """What `CuMoForConditionalGeneration` returns; parts of the loss are unweighted, None where there are none."""
+
+    loss: Tensor | None = None
+    """lm_loss + balance_loss_coef * (all balance losses) + router_z_loss_coef * (all z-losses)."""
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    vision_losses: AuxLosses | None = None
+    connector_losses: AuxLosses | None = None
+    text_losses: AuxLosses | None = None
+    image_features: Tensor | None = None
+    """[images, patches, LLM width]: what took the place of the placeholders."""
+
+
+@dataclass
+class ImageFeatures(ModelOutput):
+    """Embeddings of pictures, and the losses of the routers they went through."""
+
+    embeddings: Tensor | None = None
+    vision_losses: AuxLosses | None = None
+    connector_losses: AuxLosses | None = None
+
+
+class CuMoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Vision encoder, connector and language model, with all their losses."""
+
+    config: CuMoConfig
+    config_class = CuMoConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CuMoVisionBlock", "CuMoConnector"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CuMoConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = CuMoVisionModel(config.vision_config)
+        self.connector = CuMoConnector(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The connector, as the encoder; the other parts initialise themselves."""
+        CuMoVisionPreTrainedModel.init_layer(module, getattr(self.config.text_config, "initializer_range", 0.02))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the language model."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Those of the language model."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Those of the language model."""
+        return self.language_model.get_output_embeddings()
+
+    def get_image_features(self, pixel_values: Tensor, pixel_values_large: Any = None) -> ImageFeatures:
+        """Pictures [images, 3, H, H] -> embeddings [images, patches, LLM width] and the routers' losses."""
+        vision = self.vision_tower(pixel_values, pixel_values_large)
+        embeddings, routing = self.connector(vision.features)
+        mode = self.config.aux_loss
+        return ImageFeatures(
+            embeddings=embeddings,
+            vision_losses=routing_losses(vision.routings, vision.tiles_per_scale, mode) if vision.routings else None,
+            connector_losses=None if routing is None else routing_losses([routing], [len(pixel_values)], mode),
+        )
+
+    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Token embeddings, with the features in the place of the placeholders."""
+        is_image = torch.eq(input_ids, self.config.image_token_id)
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        if features is None:
+            if not torch.compiler.is_compiling() and bool(is_image.any()):
+                raise ValueError("pixel_values: input_ids hold image tokens, but no pictures were given")
+            return embeddings
+        if not torch.compiler.is_compiling() and int(is_image.sum()) != features.shape[0] * features.shape[1]:
+            counts = is_image.sum(dim=1).tolist()
+            raise ValueError(
+                f"input_ids: expected {features.shape[1]} image tokens for each of {features.shape[0]} pictures, got "
+                f"{sum(counts)}, by sample {counts}"
+            )
+        return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_values_large: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CuMoOutput:
+        """One pass.
+
+        Args:
+            input_ids: [B, L]; `config.image_token_id` stands once for each feature of a picture, in the order of
+                `pixel_values`.
+            pixel_values: [images, 3, H, H], of all samples one after the other; None if there are none.
+            pixel_values_large: the pictures at the larger scales, if the encoder wants them.
+            inputs_embeds: [B, L, D], in place of `input_ids`; then without pictures.
+            labels: [B, L], -100 where nothing is to be learnt.
+            logits_to_keep: compute logits of the last so many positions only (0: all).
+
+        Raises:
+            ValueError: image tokens and pictures do not match, or not exactly one of ids and embeddings came.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+        image = ImageFeatures() if pixel_values is None else self.get_image_features(pixel_values, pixel_values_large)
+        if input_ids is not None:
+            inputs_embeds = self._embed(input_ids, image.embeddings)
+        assert inputs_embeds is not None
+        if attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+            # as published: padding is zeros, which the routers of the language model see
+            inputs_embeds = inputs_embeds * attention_mask.unsqueeze(-1).to(inputs_embeds.dtype)
+        wants_text_losses = labels is not None and hasattr(self.config.text_config, "output_router_logits")
+        if wants_text_losses:
+            kwargs["output_router_logits"] = True
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        text_losses = self._text_losses(outputs, attention_mask) if wants_text_losses else None
+        lm_loss = None
+        if labels is not None:
+            lm_loss = self.language_model.loss_function(outputs.logits, labels, self.config.text_config.vocab_size)
+        return CuMoOutput(
+            loss=self._total(lm_loss, image.vision_losses, image.connector_losses, text_losses),
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            vision_losses=image.vision_losses,
+            connector_losses=image.connector_losses,
+            text_losses=text_losses,
+            image_features=image.embeddings,
+        )
+
+    def _text_losses(self, outputs: Any, attention_mask: Tensor | None) -> AuxLosses | None:
+        """Of the language model's own routers: all tokens are one segment; "switch" leaves padding out."""
+        logits = [layer.flatten(0, -2) for layer in outputs.router_logits or ()]
+        if not logits:
+            return None
+        if self.config.aux_loss == "switch" and attention_mask is not None:
+            kept = attention_mask.flatten().bool()
+            logits = [layer[kept] for layer in logits]
+        top_k = self.config.text_config.num_experts_per_tok
+        return routing_losses([ck.topk_gating(layer, top_k) for layer in logits], [1], self.config.aux_loss)
+
+    def _total(self, lm_loss: Tensor | None, *parts: AuxLosses | None) -> Tensor | None:
+        """All losses, weighted."""
+        if lm_loss is None:
+            return None
+        for part in parts:
+            if part is not None:
+                lm_loss = lm_loss + self.config.balance_loss_coef * part.balance
+                lm_loss = lm_loss + self.config.router_z_loss_coef * part.z
+        return lm_loss
