@@ -1,7 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CuMo (arXiv 2405.05949): a multimodal LLM with co-upcycled Mixture-of-Experts.
+"""CuMo: a multimodal LLM with co-upcycled Mixture-of-Experts (arXiv 2405.05949).
 
-The fused expert layer that it is built on is the package `cumo_kernels`; `cumo.nn` makes modules of it.
+The names here are imported when they are first used, so that `cumo.nn` needs no transformers.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cumo.config import CuMoConfig, CuMoVisionConfig
+    from cumo.models.cumo import CuMoForConditionalGeneration
+    from cumo.models.vision import CuMoVisionModel
+
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    "CuMoConfig": "cumo.config",
+    "CuMoVisionConfig": "cumo.config",
+    "CuMoForConditionalGeneration": "cumo.models.cumo",
+    "CuMoVisionModel": "cumo.models.vision",
+}
+
+__all__ = ["CuMoConfig", "CuMoForConditionalGeneration", "CuMoVisionConfig", "CuMoVisionModel", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cumo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an import brings along."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = "import sys, {module}; print(*(name for name in ('transformers', 'triton') if name in sys.modules))"
+
+
+@pytest.mark.parametrize("module", ["cumo", "cumo.nn", "cumo.checkpoints.published"])
+def test_transformers_is_not_imported_until_used(module):
+    command = [sys.executable, "-c", SCRIPT.format(module=module)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "transformers" not in result.stdout.split()
+
+
+def test_every_public_name_can_be_imported():
+    pytest.importorskip("transformers", reason="the models are built on transformers")
+    import cumo
+
+    for name in cumo.__all__:
+        assert getattr(cumo, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        cumo.Nothing  # noqa: B018
