@@ -132,16 +132,20 @@ def _gather_rows(source_RD: Tensor, index_M: Tensor) -> Tensor:
     return rows_MD.masked_fill_(ignored_M.unsqueeze(1), 0)
 
 
+def _affine(x_RD: Tensor, w_FD: Tensor, bias_EF: Tensor | None, e: int, out: Tensor | None = None) -> Tensor:
+    """x W^T + b[e]."""
+    if bias_EF is None:
+        return torch.mm(x_RD, w_FD.T, out=out)
+    return torch.addmm(bias_EF[e], x_RD, w_FD.T, out=out)
+
+
 def _linear_rows(x_ND: Tensor, w_EFD: Tensor, bias_EF: Tensor | None, offset_E1: Tensor) -> Tensor:
     """y[n] = x[n] W[e]^T + b[e] over the rows n of expert e, zero in rows of no expert."""
     y_NF = x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
     start = 0
     for e, end in enumerate(offset_E1[1:].tolist()):
         if start < end:
-            if bias_EF is None:
-                torch.mm(x_ND[start:end], w_EFD[e].T, out=y_NF[start:end])
-            else:
-                torch.addmm(bias_EF[e], x_ND[start:end], w_EFD[e].T, out=y_NF[start:end])
+            _affine(x_ND[start:end], w_EFD[e], bias_EF, e, out=y_NF[start:end])
         start = end
     y_NF[start:].zero_()
     return y_NF
@@ -222,8 +226,12 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
     """Weighted sum of each token's rows. See `cumo_kernels.combine`."""
     T, K = plan.slot_TK.shape
     dtype = accumulation_dtype(y_NO.dtype)
-    reader_N1 = torch.where(plan.token_N < 0, -1, plan.route_N).unsqueeze(1)
-    choice_TKO = _TakeRows.apply(y_NO, plan.slot_TK.view(T * K), reader_N1).view(T, K, y_NO.shape[1])
+    slot_N = plan.slot_TK.view(T * K)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        reader_N1 = torch.where(plan.token_N < 0, -1, plan.route_N).unsqueeze(1)
+        choice_TKO = _TakeRows.apply(y_NO, slot_N, reader_N1).view(T, K, y_NO.shape[1])
+    else:
+        choice_TKO = _gather_rows(y_NO, slot_N).view(T, K, y_NO.shape[1])
     weight_TK = weight_TK.masked_fill(plan.slot_TK < 0, 0)  # 0 times what an ignored choice weighs may be NaN
     weights_T1 = weight_TK.to(dtype).unsqueeze(2).unbind(1)
     choices_TO = choice_TKO.to(dtype).unbind(1)
@@ -249,13 +257,42 @@ def moe_mlp(
 ) -> Tensor:
     """permute, two grouped GEMMs with the activation between them, combine. See `cumo_kernels.moe_mlp`."""
     plan = plan_dispatch(expert_TK, w1_EFD.shape[0])
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        y_NO = _experts_without_graph(x_TD, plan, w1_EFD, w2_EOF, b1_EF, b2_EO, activation, gated)
+        return combine(y_NO, weight_TK, plan, residual_TO)
 
     def experts(x_TD: Tensor) -> Tensor:
-        z_NF = grouped_gemm(permute(x_TD, plan), w1_EFD, plan, b1_EF)
-        if gated:
-            gate_NF, up_NF = z_NF.chunk(2, dim=-1)
-            return ACTIVATIONS[activation](gate_NF) * up_NF
-        return ACTIVATIONS[activation](z_NF)
+        return _activate(grouped_gemm(permute(x_TD, plan), w1_EFD, plan, b1_EF), activation, gated)
 
     a_NF = checkpoint(experts, x_TD, use_reentrant=False) if recompute else experts(x_TD)
     return combine(grouped_gemm(a_NF, w2_EOF, plan, b2_EO), weight_TK, plan, residual_TO)
+
+
+def _activate(z_NF: Tensor, activation: str, gated: bool) -> Tensor:
+    if gated:
+        gate_NF, up_NF = z_NF.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate_NF) * up_NF
+    return ACTIVATIONS[activation](z_NF)
+
+
+def _experts_without_graph(
+    x_TD: Tensor,
+    plan: DispatchPlan,
+    w1_EFD: Tensor,
+    w2_EOF: Tensor,
+    b1_EF: Tensor | None,
+    b2_EO: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """The same rows y_NO, one expert after the other, so that what lies between the two products stays in the cache."""
+    y_NO = x_TD.new_empty(plan.token_N.shape[0], w2_EOF.shape[1])
+    start = 0
+    for e, end in enumerate(plan.offset_E1[1:].tolist()):
+        if start < end:
+            x_RD = x_TD.index_select(0, plan.token_N[start:end])
+            a_RF = _activate(_affine(x_RD, w1_EFD[e], b1_EF, e), activation, gated)
+            _affine(a_RF, w2_EOF[e], b2_EO, e, out=y_NO[start:end])
+        start = end
+    y_NO[start:].zero_()
+    return y_NO
