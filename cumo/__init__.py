@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cumo.config import CuMoConfig, CuMoVisionConfig
     from cumo.models.cumo import CuMoForConditionalGeneration
+    from cumo.models.processor import CuMoProcessor
     from cumo.models.vision import CuMoVisionModel
 
 __version__ = "0.1.0"
@@ -20,10 +21,18 @@ _MODULE_OF = {
     "CuMoConfig": "cumo.config",
     "CuMoVisionConfig": "cumo.config",
     "CuMoForConditionalGeneration": "cumo.models.cumo",
+    "CuMoProcessor": "cumo.models.processor",
     "CuMoVisionModel": "cumo.models.vision",
 }
 
-__all__ = ["CuMoConfig", "CuMoForConditionalGeneration", "CuMoVisionConfig", "CuMoVisionModel", "__version__"]
+__all__ = [
+    "CuMoConfig",
+    "CuMoForConditionalGeneration",
+    "CuMoProcessor",
+    "CuMoVisionConfig",
+    "CuMoVisionModel",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and prompts in, tensors for the model out. Needs Pillow and NumPy, never torchvision."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.processing_utils import MultiModalData
+
+from cumo.config import CuMoConfig
+from cumo.models.prompts import CHAT_TEMPLATE
+from cumo.models.tokenizer import IMAGE_TOKEN
+
+MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def to_rgb(image: Any) -> Image.Image:
+    """A picture of any kind, upright and with three channels of eight bits.
+
+    Args:
+        image: a PIL image, a path, an address or base64 string, or a uint8 array [H, W] or [H, W, 3 or 4]. Sixteen bits
+            are scaled to eight rather than cut off. Transparency is dropped, as published.
+
+    Raises:
+        ValueError: it is nothing of that.
+    """
+    if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
+        with Image.open(image) as file:
+            return to_rgb(file)
+    if isinstance(image, str):
+        return load_image(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4)):
+            return Image.fromarray(image).convert("RGB")
+        raise ValueError(f"images: expected arrays of shape [H, W] or [H, W, 3 or 4], got {[*image.shape]}")
+    if not isinstance(image, Image.Image):
+        kind = f"array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"images: expected PIL images, paths, addresses or uint8 arrays, got {kind}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in MODES_16_BIT:
+        values = np.asarray(image).astype(np.float64)
+        # Mode I has 32 bits, but files that are read so have 8 or 16.
+        scale = 1.0 if image.mode == "I" and values.max(initial=0) <= 255 else 257.0
+        image = Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def clip_image_processor(image_size: int = 336, pad: bool = True, **options: Any) -> LlavaImageProcessorPil:
+    """CLIP's preprocessing, in PIL.
+
+    Args:
+        image_size: height and width of the result.
+        pad: pad pictures to squares with the mean colour first, as in all but the first published stage of training;
+            otherwise their middle square is taken.
+        options: further options of transformers' image processor, such as `image_mean` and `image_std`.
+    """
+    size = {"height": image_size, "width": image_size}
+    return LlavaImageProcessorPil(size={"shortest_edge": image_size}, crop_size=size, do_pad=pad, **options)
+
+
+def _in_pil(image_processor: Any) -> Any:
+    """The same preprocessing in PIL, as loading gives torchvision's, up to 0.03 off, wherever that is installed."""
+    if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
+        return image_processor
+    options = image_processor.to_dict()
+    if options.get("image_processor_type") != "LlavaImageProcessor":
+        options["do_pad"] = False  # the others do not pad to squares
+    return LlavaImageProcessorPil.from_dict(options)
+
+
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, (list, tuple))
+
+
+class CuMoProcessor(ProcessorMixin):
+    """Tokenizer and image processor of CuMo in one.
+
+    In a prompt, `<image>` stands for a picture; it becomes `image_seq_length` placeholder ids. Padding is on the left,
+    as generation needs. A prompt gets a BOS in front of what it begins with, unless it begins with two already.
+
+    Args:
+        image_processor: a PIL image processor of transformers, such as of `clip_image_processor`.
+        tokenizer: a tokenizer with `<image>` as special token, such as of `mistral_tokenizer`.
+        image_seq_length: features per picture: `num_patches` of the vision configuration.
+        high_resolution_size: give the pictures at this size too, as `pixel_values_large`, for an encoder with
+            `high_resolution`.
+        chat_template: the published `mistral_instruct_system` by default.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_length: int = 576,
+        high_resolution_size: int | None = None,
+        chat_template: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("image_seq_length", image_seq_length), ("high_resolution_size", high_resolution_size)):
+            if not (name == "high_resolution_size" and value is None) and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if image_token_id is None or image_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"tokenizer: expected one with the special token {IMAGE_TOKEN}, got one without")
+        tokenizer.padding_side = "left"
+        self.image_seq_length = image_seq_length
+        self.high_resolution_size = high_resolution_size
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = image_token_id
+        super().__init__(
+            _in_pil(image_processor),
+            tokenizer,
+            chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
+            **kwargs,
+        )
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_tensors: str | None = None,
+        return_mm_token_type_ids: bool = False,
+        add_special_tokens: bool = True,
+        text_kwargs: dict[str, Any] | None = None,
+        images_kwargs: dict[str, Any] | None = None,
+        common_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs of the model.
+
+        Args:
+            images: for one prompt a picture or a list; for several a list of lists, or all pictures one after the
+                other. See `to_rgb` for what counts as a picture. None for prompts without.
+            text: a prompt or several; None for pictures alone.
+            return_tensors: "pt" or "np"; lists by default.
+            return_mm_token_type_ids: give `mm_token_type_ids` too, 1 for placeholders and 0 for text.
+            add_special_tokens: begin with BOS.
+            text_kwargs: options of the tokenizer, as are all further ones; `padding=True` for several prompts.
+            images_kwargs: options of the image processor.
+            common_kwargs: options named above, as a dict.
+
+        Raises:
+            ValueError: a sample has more or fewer pictures than `<image>` in its prompt, or truncation cut into one.
+        """
+        options = {**kwargs, **(common_kwargs or {}), **(text_kwargs or {})}
+        return_tensors = options.pop("return_tensors", return_tensors)
+        return_mm_token_type_ids = options.pop("return_mm_token_type_ids", return_mm_token_type_ids)
+        add_special_tokens = options.pop("add_special_tokens", add_special_tokens)
+        for name in ("videos", "audio"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"{name}: expected None, as CuMo takes pictures and text only")
+        data: dict[str, Any] = {}
+        if text is None:
+            flat = _flatten(images)
+        else:
+            texts = [text] if isinstance(text, str) else list(text)
+            flat = self._match(texts, images)
+            data.update(self._tokenize(texts, add_special_tokens, options))
+            if return_mm_token_type_ids:
+                data["mm_token_type_ids"] = [
+                    [int(token == self.image_token_id) for token in row] for row in data["input_ids"]
+                ]
+        large = None
+        if flat:
+            pictures = [to_rgb(image) for image in flat]
+            data["pixel_values"] = self._pixels(pictures, None, images_kwargs or {})
+            if self.high_resolution_size is not None:
+                large = self._pixels(pictures, self.high_resolution_size, images_kwargs or {})
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if large is not None:
+            batch["pixel_values_large"] = [BatchFeature({"large": large}, tensor_type=return_tensors)["large"]]
+        return batch
+
+    def _match(self, texts: list[str], images: Any) -> list[Any]:
+        """All pictures one after the other, after a check that every prompt has its own."""
+        wanted = [text.count(self.image_token) for text in texts]
+        if _is_batch(images) and any(_is_batch(entry) for entry in images):
+            groups = [_flatten(entry) for entry in images]
+            if len(groups) != len(texts):
+                raise ValueError(f"images: expected {len(texts)} lists for {len(texts)} prompts, got {len(groups)}")
+            given = [len(group) for group in groups]
+            flat = [image for group in groups for image in group]
+        else:
+            flat = _flatten(images)
+            given, left = [], len(flat)
+            for index, count in enumerate(wanted):
+                given.append(left if index == len(wanted) - 1 else min(count, left))
+                left -= given[-1]
+        for index, (count, expected) in enumerate(zip(given, wanted, strict=True)):
+            if count != expected:
+                raise ValueError(
+                    f"images: sample {index}: expected {expected} for as many {self.image_token} in its text, "
+                    f"got {count}"
+                )
+        return flat
+
+    def _tokenize(self, texts: list[str], add_special_tokens: bool, options: dict[str, Any]) -> dict[str, Any]:
+        wanted = [text.count(self.image_token) * self.image_seq_length for text in texts]
+        texts = [text.replace(self.image_token, self.image_token * self.image_seq_length) for text in texts]
+        bos = self.tokenizer.bos_token
+        if add_special_tokens and bos:
+            # The chat template writes both of the published BOS tokens; the tokenizer adds one of them again.
+            texts = [text.removeprefix(bos) if text.startswith(bos * 2) else text for text in texts]
+        encoding = dict(self.tokenizer(texts, add_special_tokens=add_special_tokens, **options))
+        for index, (row, expected) in enumerate(zip(encoding["input_ids"], wanted, strict=True)):
+            if row.count(self.image_token_id) != expected:
+                raise ValueError(
+                    f"text: sample {index}: expected {expected} placeholders of pictures, got "
+                    f"{row.count(self.image_token_id)}; truncation must not cut into a picture"
+                )
+        return encoding
+
+    def _pixels(self, pictures: list[Image.Image], size: int | None, options: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """[images, 3, H, H]; `size` in place of the H of the image processor."""
+        options = {key: value for key, value in options.items() if key != "return_tensors"}
+        if size is not None:
+            square = {"height": size, "width": size}
+            by_edge = getattr(self.image_processor.size, "shortest_edge", None) or (
+                "shortest_edge" in self.image_processor.size
+            )
+            options.update(size={"shortest_edge": size} if by_edge else square, crop_size=square)
+        return np.stack(self.image_processor(pictures, **options)["pixel_values"])
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:  # noqa: ARG002
+        """How many placeholders pictures of these (height, width) take: all the same. vLLM asks for it."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of what `__call__` returns."""
+        names = [*self.tokenizer.model_input_names, "pixel_values"]
+        names = [name for name in names if name != "token_type_ids"]
+        return names if self.high_resolution_size is None else [*names, "pixel_values_large"]
+
+
+def _flatten(images: Any) -> list[Any]:
+    """A list of pictures, without None, of however nested ones."""
+    if images is None:
+        return []
+    return [image for entry in images for image in _flatten(entry)] if _is_batch(images) else [images]
+
+
+def register() -> None:
+    """Let `AutoProcessor` know the processor of CuMo."""
+    AutoProcessor.register(CuMoConfig, CuMoProcessor, exist_ok=True)

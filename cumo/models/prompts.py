@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as text and ids: the published prompts, as data.
+
+A conversation becomes segments of text that are trained on or not, so labels follow from its structure, whatever a
+user writes; nothing searches the text for the end of a question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cumo.models.tokenizer import IMAGE_TOKEN
+
+IGNORE_INDEX = -100
+USERS = ("human", "user")
+ASSISTANTS = ("gpt", "assistant")
+_SYSTEM = "{system}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """What stands around the turns of a conversation.
+
+    The system prompt, if any, replaces `{system}` in `opening`. With `only_images` the words of the user are left out.
+    """
+
+    name: str
+    system: str = ""
+    opening: str
+    """Before the first user's text, with a system prompt."""
+    opening_without_system: str
+    before_user: str
+    """Before a further user's text."""
+    after_user: str
+    before_answer: str
+    """Trained on, as are the answer and `after_answer`."""
+    after_answer: str
+    only_images: bool = False
+
+
+_ASSISTANT = (
+    "A chat between a curious {who} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
+)
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template(
+            name="plain",
+            opening="",
+            opening_without_system="",
+            before_user="",
+            after_user="",
+            before_answer="",
+            after_answer="\n",
+            only_images=True,
+        ),
+        Template(
+            name="mistral_instruct_system",
+            system=_ASSISTANT.replace("{who}", "user"),
+            # The tokenizer puts a second BOS in front: the released weights have learnt it so.
+            opening="<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
+            opening_without_system="<s>[INST] ",
+            before_user="[INST] ",
+            after_user=" [/INST]",
+            before_answer=" ",
+            after_answer=" </s>",
+        ),
+        Template(
+            name="llava_v1",
+            system=_ASSISTANT.replace("{who}", "human"),
+            opening="{system} USER: ",
+            opening_without_system="USER: ",
+            before_user="USER: ",
+            after_user=" ASSISTANT:",
+            before_answer=" ",
+            after_answer="</s>",
+        ),
+    )
+}
+
+# The prompt of `mistral_instruct_system` for `apply_chat_template`, which lets no tokenizer add a BOS: both stand here.
+# A picture comes before the words of its message, as published; of several, each stands where it was put.
+CHAT_TEMPLATE = (
+    "{%- macro render(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- else -%}"
+    "{%- set images = content | selectattr('type', 'equalto', 'image') | list | length -%}"
+    "{%- if images == 1 -%}{{- '<image>\\n' -}}{%- endif -%}"
+    "{%- for part in content -%}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- elif part['type'] == 'image' -%}{%- if images > 1 -%}{{- '<image>\\n' -}}{%- endif -%}"
+    "{%- else -%}{{- raise_exception('content: expected parts of type text or image, got ' + part['type']) -}}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set system = render(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    '{%- set system = "' + TEMPLATES["mistral_instruct_system"].system + '" -%}{%- set turns = messages -%}'
+    "{%- endif -%}"
+    "{{- bos_token + bos_token -}}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
+    "{{- raise_exception('messages: expected user and assistant in turns, got ' + message['role']"
+    " + ' as message ' + loop.index | string) -}}"
+    "{%- elif message['role'] == 'user' -%}"
+    "{{- '[INST] ' -}}"
+    "{%- if loop.first and system -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}"
+    "{{- render(message['content']) + ' [/INST]' -}}"
+    "{%- else -%}{{- ' ' + render(message['content']) + ' ' + eos_token -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+
+
+class Segment(NamedTuple):
+    """A piece of a rendered conversation."""
+
+    text: str
+    trained: bool
+
+
+class Encoded(NamedTuple):
+    """Ids of a conversation, and what is learnt from it."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """The id where it is trained on, `IGNORE_INDEX` elsewhere."""
+
+
+def get_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"template: expected one of {list(TEMPLATES)}, got {name!r}")
+    return TEMPLATES[name]
+
+
+def _image_first(text: str) -> str:
+    """A single picture of a turn comes before its words, as published; several stay where they were put."""
+    if text.count(IMAGE_TOKEN) != 1:
+        return text
+    return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
+
+
+def render(
+    template: Template | str, turns: Sequence[Mapping[str, Any]], *, system: str | None = None, sample: object = None
+) -> list[Segment]:
+    """Segments of a conversation, whose joined text is the prompt.
+
+    Args:
+        template: a template or its name.
+        turns: LLaVA's `conversations`: {"from": "human" or "gpt", "value": text} in turns. What the assistant says
+            before the first question is left out. Ends the conversation with a question, its answer is to be generated.
+        system: in place of the template's system prompt; "" for none.
+        sample: what errors call the conversation.
+
+    Raises:
+        ValueError: there is no question, or speakers are unknown or do not take turns.
+    """
+    template = get_template(template) if isinstance(template, str) else template
+    turns = list(turns)
+    for index, turn in enumerate(turns):
+        if turn.get("from") not in USERS + ASSISTANTS or not isinstance(turn.get("value"), str):
+            raise ValueError(f"sample {sample}: turn {index}: expected from (human or gpt) and value, got {dict(turn)}")
+    if turns and turns[0]["from"] in ASSISTANTS:
+        turns = turns[1:]
+    if not turns:
+        raise ValueError(f"sample {sample}: expected a question in conversations, got none")
+    system = template.system if system is None else system
+    opening = template.opening.replace(_SYSTEM, system) if system else template.opening_without_system
+    segments = []
+    for index, turn in enumerate(turns):
+        speakers, text = (ASSISTANTS if index % 2 else USERS), turn["value"]
+        if turn["from"] not in speakers:
+            raise ValueError(f"sample {sample}: expected {speakers[0]} to speak next, got {turn['from']}: {text!r}")
+        if index % 2:
+            segments.append(Segment(template.before_answer + text + template.after_answer, True))
+            continue
+        text = IMAGE_TOKEN * text.count(IMAGE_TOKEN) if template.only_images else _image_first(text)
+        segments.append(Segment((template.before_user if index else opening) + text + template.after_user, False))
+    return segments
+
+
+def render_text(template: Template | str, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The prompt of a conversation; see `render`."""
+    return "".join(segment.text for segment in render(template, turns, **options))
+
+
+def encode(tokenizer: Any, segments: Sequence[Segment], image_token_id: int) -> Encoded:
+    """Ids and labels of segments; each `<image>` becomes one `image_token_id`, which is never trained on.
+
+    Args:
+        tokenizer: a fast tokenizer with a BOS token, which comes first whatever the text begins with.
+        segments: of `render`.
+        image_token_id: any integer.
+    """
+    text = "".join(segment.text for segment in segments)
+    trained = [segment.trained for segment in segments for _ in segment.text]
+    input_ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+    begin = 0
+    for index, chunk in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            input_ids.append(image_token_id)
+            labels.append(IGNORE_INDEX)
+            begin += len(IMAGE_TOKEN)
+        # A chunk is tokenized at once, across segments: a token belongs to the segment in which it begins.
+        encoding = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (offset, _) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            input_ids.append(token)
+            labels.append(token if trained[begin + offset] else IGNORE_INDEX)
+        begin += len(chunk)
+    return Encoded(input_ids, labels)
+
+
+def encode_sample(tokenizer: Any, sample: Mapping[str, Any], template: Template | str, image_token_id: int) -> Encoded:
+    """Ids and labels of a sample in LLaVA's format: {"id": ..., "conversations": [...]}; see `render` and `encode`."""
+    return encode(tokenizer, render(template, sample["conversations"], sample=sample.get("id")), image_token_id)
