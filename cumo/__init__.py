@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CuMo: a multimodal LLM with co-upcycled Mixture-of-Experts (arXiv 2405.05949).
 
-The names here are imported when they are first used, so that `cumo.nn` needs no transformers.
+The names here are imported when they are first used, so that `cumo.nn` needs no transformers; the Auto classes of
+transformers know CuMo's models all the same.
 """
 
 from __future__ import annotations
@@ -39,3 +40,12 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'cumo' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
+
+
+def _register() -> None:
+    from cumo.auto import register
+
+    register()
+
+
+_register()

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from cumo.checkpoints.published_config import find_encoder, is_published, native_fields
 from cumo_kernels.checks import check_one_of, check_top_k
 
 ENCODERS = ("clip_vision_model", "siglip_vision_model")
@@ -159,6 +161,44 @@ class CuMoConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; the content of a published config.json becomes a `CuMoConfig`.
+
+        Args:
+            config_dict: the content of a config.json.
+            kwargs: with `name_or_path`, the folder that it is from, beside which a published encoder is looked for.
+        """
+        if is_published(config_dict):
+            folder = Path(str(kwargs.get("name_or_path") or "."))
+            encoder = find_encoder(str(config_dict.get("mm_vision_tower")), folder)
+            return CuMoConfig.from_dict({"model_type": "cumo", **native_fields(config_dict, encoder)}, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; reads published folders too."""
+        config_dict, unused = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_published(config_dict):
+            return cls.from_dict(config_dict, name_or_path=pretrained_model_name_or_path, **unused)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+class PublishedMistralConfig(CuMoConfig):
+    """Lets `AutoConfig` read the published CuMo-Mistral-7B; it gives a `CuMoConfig`."""
+
+    model_type = "llava_mistral"
+
+
+class PublishedMixtralConfig(CuMoConfig):
+    """Lets `AutoConfig` read the published CuMo-Mixtral-8x7B; it gives a `CuMoConfig`."""
+
+    model_type = "llava_mixtral"
+
 
 def _without_type(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "model_type"}
+
+
+for _class in (CuMoVisionConfig, CuMoConfig, PublishedMistralConfig, PublishedMixtralConfig):
+    AutoConfig.register(_class.model_type, _class, exist_ok=True)

@@ -27,13 +27,14 @@ LAYERS = (
     ),
     ("cumo_kernels.kernels", "cumo_kernels.reference"),
     ("cumo_kernels.ops", "cumo_kernels.inspect*", "cumo_kernels.tune*"),
-    ("cumo.config",),
+    # reading the published layout: pure functions of names, tensors and files, which configuration and models use
+    ("cumo.config", "cumo.auto", "cumo.checkpoints.files", "cumo.checkpoints.layout", "cumo.checkpoints.published*"),
     ("cumo.nn",),
     ("cumo.models",),
     ("cumo.checkpoints", "cumo.data"),
     ("cumo.train", "cumo.inference"),
-    ("cumo.eval", "cumo.serve", "cumo.integrations"),
-    ("cumo.cli",),
+    ("cumo.eval", "cumo.serve", "cumo.demo", "cumo.integrations"),
+    ("cumo.cli", "cumo.__main__"),
 )
 # The packages' own `__init__.py` re-export what lies below them.
 PACKAGE_LAYERS = {"cumo_kernels": 2, "cumo": 9}

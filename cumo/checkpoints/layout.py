@@ -6,14 +6,15 @@ knows the former, as tables, and its functions map dictionaries of tensors to di
 They never change their arguments, and what they convert shares no memory with its source.
 
 `stack_experts` and `unstack_experts` convert one MLP, and `published_styles` and `stacked_styles` find the MLPs by the
-keys alone, for those who stream a checkpoint; `stack_state_dict` and `unstack_state_dict` convert a whole one.
+keys alone; `stacked_tensors` and `unstacked_tensors` convert a whole checkpoint as a stream, `stack_state_dict` and
+`unstack_state_dict` as a dictionary.
 Letters: E experts, D input, F hidden, O output width.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -204,22 +205,25 @@ def stacked_styles(keys: Iterable[str]) -> dict[str, str]:
     return styles
 
 
-def stack_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with every published MoE MLP in it replaced by stacked parameters under the same prefix.
+def stacked_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of `state_dict` with every published MoE MLP replaced by stacked parameters under its prefix.
 
-    All other tensors are passed on as they are, not copied.
+    Each tensor is looked up when its turn comes, and those of one MLP together, so that `state_dict` may read files.
+    All other tensors come first, as they are, not copied.
 
     Raises:
         ValueError: see `published_styles` and `stack_experts`; the message begins with the prefix.
     """
-    return _convert(state_dict, published_styles(state_dict), _EXPERT_KEY, stack_experts)
+    return _converted(state_dict, published_styles(state_dict), _EXPERT_KEY, stack_experts)
 
 
-def unstack_state_dict(state_dict: Mapping[str, Tensor], styles: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """The inverse of `stack_state_dict`.
+def unstacked_tensors(
+    state_dict: Mapping[str, Tensor], styles: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `stacked_tensors`.
 
     Args:
-        state_dict: holds stacked parameters under prefixes; other tensors are passed on as they are, not copied.
+        state_dict: holds stacked parameters under prefixes.
         styles: prefix (with its dot) -> style of the MLPs to convert, as `published_styles` found them; None converts
             all, with the styles that `stacked_styles` finds.
 
@@ -227,29 +231,37 @@ def unstack_state_dict(state_dict: Mapping[str, Tensor], styles: Mapping[str, st
         ValueError: see `stacked_styles` and `unstack_experts`; the message begins with the prefix.
     """
     styles = stacked_styles(state_dict) if styles is None else styles
-    return _convert(state_dict, styles, _STACKED_KEY, unstack_experts)
+    return _converted(state_dict, styles, _STACKED_KEY, unstack_experts)
 
 
-def _convert(
+def stack_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`stacked_tensors` as a dictionary."""
+    return dict(stacked_tensors(state_dict))
+
+
+def unstack_state_dict(state_dict: Mapping[str, Tensor], styles: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """`unstacked_tensors` as a dictionary."""
+    return dict(unstacked_tensors(state_dict, styles))
+
+
+def _converted(
     state_dict: Mapping[str, Tensor],
     styles: Mapping[str, str],
     pattern: re.Pattern[str],
     convert: Callable[[Mapping[str, Tensor], str], dict[str, Tensor]],
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Convert, for each prefix in `styles`, its gate and its keys that match `pattern`; pass the others on."""
-    groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in styles}
-    result = {}
-    for key, tensor in state_dict.items():
+    groups: dict[str, list[str]] = {prefix: [] for prefix in styles}
+    for key in state_dict:
         match = pattern.fullmatch(key)
         prefix = match["prefix"] if match else key.removesuffix(GATE)
         if prefix in groups:
-            groups[prefix][key.removeprefix(prefix)] = tensor
+            groups[prefix].append(key)
         else:
-            result[key] = tensor
-    for prefix, tensors in groups.items():
+            yield key, state_dict[key]
+    for prefix, keys in groups.items():
         try:
-            converted = convert(tensors, styles[prefix])
+            converted = convert({key.removeprefix(prefix): state_dict[key] for key in keys}, styles[prefix])
         except ValueError as error:
             raise ValueError(f"{prefix}: {error}") from error
-        result.update({prefix + key: tensor for key, tensor in converted.items()})
-    return result
+        yield from ((prefix + key, tensor) for key, tensor in converted.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the published checkpoints (`llava_mistral`, `llava_mixtral`) <-> ours, as a table; pure dict -> dict.
+"""Names of the published checkpoints (`llava_mistral`, `llava_mixtral`) <-> ours, as a table; pure functions.
 
 Experts are stacked by `cumo.checkpoints.layout`; here the prefixes are exchanged, and the language model's experts take
 the names that transformers has for them.
@@ -8,11 +8,11 @@ the names that transformers has for them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from cumo.checkpoints.layout import stack_state_dict, unstack_state_dict
+from cumo.checkpoints.layout import stacked_tensors, unstacked_tensors
 
 # (published pattern, published form, our pattern, our form), tried in order; {0} is what the group matched
 _TABLE = (
@@ -60,19 +60,45 @@ def published_name(name: str) -> str:
     return _rename(name, 2, 1)
 
 
-def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under our names, experts stacked.
+def native_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A published checkpoint's tensors under our names, experts stacked, as a stream; see `layout.stacked_tensors`.
 
     Raises:
         ValueError: experts are missing, left over or of different shapes.
     """
-    return {native_name(name): tensor for name, tensor in stack_state_dict(state_dict).items()}
+    return ((native_name(name), tensor) for name, tensor in stacked_tensors(state_dict))
 
 
-def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_native`, bit for bit.
+def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`native_tensors` as a dictionary."""
+    return dict(native_tensors(state_dict))
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """A mapping under other names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def published_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The inverse of `native_tensors`, bit for bit.
 
     Raises:
         ValueError: a name is none of ours.
     """
-    return unstack_state_dict({published_name(name): tensor for name, tensor in state_dict.items()})
+    return unstacked_tensors(_Renamed(state_dict, {published_name(name): name for name in state_dict}))
+
+
+def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`published_tensors` as a dictionary."""
+    return dict(published_tensors(state_dict))

@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 import cumo_kernels as ck
 from cumo.config import CuMoConfig
 from cumo.models.connector import CuMoConnector
+from cumo.models.experts import NAME as EXPERTS
+from cumo.models.loading import LoadsBothLayouts
 from cumo.models.vision import CuMoVisionModel, CuMoVisionPreTrainedModel
 from cumo.nn.losses import AuxLosses, routing_losses
 
@@ -46,7 +48,7 @@ class ImageFeatures(ModelOutput):
     connector_losses: AuxLosses | None = None
 
 
-class CuMoForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
     """Vision encoder, connector and language model, with all their losses."""
 
     config: CuMoConfig
@@ -65,7 +67,9 @@ class CuMoForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.vision_tower = CuMoVisionModel(config.vision_config)
         self.connector = CuMoConnector(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        # experts of the language model run on our kernels, unless others are asked for
+        experts = getattr(config.text_config, "_experts_implementation", None) or EXPERTS
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, experts_implementation=experts)
         self.post_init()
 
     @torch.no_grad()
@@ -196,3 +200,6 @@ class CuMoForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 lm_loss = lm_loss + self.config.balance_loss_coef * part.balance
                 lm_loss = lm_loss + self.config.router_z_loss_coef * part.z
         return lm_loss
+
+
+AutoModelForImageTextToText.register(CuMoConfig, CuMoForConditionalGeneration, exist_ok=True)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ from PIL import Image, ImageOps
 from transformers import AutoProcessor, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
 from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
+from transformers.utils.hub import cached_file
 
+from cumo.checkpoints.published_config import is_published
 from cumo.config import CuMoConfig
 from cumo.models.prompts import CHAT_TEMPLATE
-from cumo.models.tokenizer import IMAGE_TOKEN
+from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
 
 MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
@@ -121,6 +125,34 @@ class CuMoProcessor(ProcessorMixin):
             tokenizer,
             chat_template=CHAT_TEMPLATE if chat_template is None else chat_template,
             **kwargs,
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; of a published model, which has no processor, the one it was trained with.
+
+        Raises:
+            ValueError: a published model without its `tokenizer.model`.
+        """
+        name = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
+        found = [
+            cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+            for file in ("processor_config.json", "config.json", "tokenizer.model")
+        ]
+        if found[0] is not None or found[1] is None:
+            return super().from_pretrained(name, **kwargs)
+        published = json.loads(Path(found[1]).read_text())
+        if not is_published(published):
+            return super().from_pretrained(name, **kwargs)
+        if found[2] is None:
+            raise ValueError(f"{name}: expected the tokenizer.model of a published model, found none")
+        vision = CuMoConfig.from_pretrained(name, **hub).vision_config
+        pad = published.get("image_aspect_ratio", "pad") == "pad"
+        return cls(
+            clip_image_processor(vision.encoder_config.image_size, pad=pad),
+            mistral_tokenizer(found[2]),
+            image_seq_length=vision.num_patches,
         )
 
     def __call__(
@@ -253,6 +285,4 @@ def _flatten(images: Any) -> list[Any]:
     return [image for entry in images for image in _flatten(entry)] if _is_batch(images) else [images]
 
 
-def register() -> None:
-    """Let `AutoProcessor` know the processor of CuMo."""
-    AutoProcessor.register(CuMoConfig, CuMoProcessor, exist_ok=True)
+AutoProcessor.register(CuMoConfig, CuMoProcessor, exist_ok=True)

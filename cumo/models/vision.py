@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention, CLIPVisionEmbeddings
@@ -201,3 +201,6 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
         if actual != expected:
             raise ValueError(f"pixel_values_large: expected shapes {expected} for scales {scales}, got {actual}")
         return [pixels, *(larger or ())]
+
+
+AutoModel.register(CuMoVisionConfig, CuMoVisionModel, exist_ok=True)

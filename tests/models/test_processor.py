@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from cumo.models.processor import CuMoProcessor, clip_image_processor, register, to_rgb
+from cumo.models.processor import CuMoProcessor, clip_image_processor, to_rgb
 from cumo.models.prompts import encode, render, render_text
 from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
 
@@ -296,7 +296,6 @@ def test_number_of_tokens(processor):
 
 @pytest.mark.parametrize("load", [CuMoProcessor, AutoProcessor], ids=["CuMoProcessor", "AutoProcessor"])
 def test_saved_and_reloaded(tokenizer, tmp_path, load):
-    register()
     processor = CuMoProcessor(
         clip_image_processor(28), tokenizer, image_seq_length=3, high_resolution_size=56, chat_template="{{ 'a' }}"
     )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converting checkpoints between the published layout and ours, in a stream: no more than one shard is in memory.
+
+`cumo convert` on the command line. The target is written aside and renamed at the end, after every tensor was held
+against the model that the configuration describes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cumo.checkpoints.files import MAX_SHARD_BYTES, open_folder, write_json, write_shards, written_aside
+from cumo.checkpoints.published import native_tensors, published_tensors
+from cumo.checkpoints.published_config import CLIP_NAME, is_published, published_fields
+from cumo.checkpoints.published_folder import open_published, read_config
+from cumo.config import CLIP_VIT_L_14_336, CuMoConfig
+from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.processor import CuMoProcessor
+
+NATIVE, PUBLISHED = "native", "published"
+TOWER_FOLDER = "vision_tower"
+# What lies beside the weights and is the same in both layouts
+COMPANIONS = ("generation_config.json", "tokenizer.model")
+
+
+def open_checkpoint(
+    folder: Path, base: Path | None = None, config: CuMoConfig | None = None
+) -> tuple[CuMoConfig, Iterator[tuple[str, Tensor]]]:
+    """Configuration and tensors of a checkpoint of either layout, the latter as a stream under our names.
+
+    Args:
+        folder: the checkpoint.
+        base: see `open_published`.
+        config: in place of the checkpoint's own.
+
+    Raises:
+        ValueError: it is none, incomplete or damaged.
+    """
+    raw = read_config(folder)
+    config = CuMoConfig.from_pretrained(folder) if config is None else config
+    if is_published(raw):
+        return config, native_tensors(open_published(folder, base).tensors)
+    if raw.get("model_type") != CuMoConfig.model_type:
+        raise ValueError(
+            f"{folder}: expected model_type cumo, llava_mistral or llava_mixtral, got {raw.get('model_type')!r}"
+        )
+    weights = open_folder(folder)
+    return config, ((name, weights[name]) for name in weights)
+
+
+def checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig, source: Path) -> Iterator[tuple[str, Tensor]]:
+    """`tensors` passed on; at their end an error unless they are those of the model that `config` describes.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of other shapes.
+    """
+    with torch.device("meta"):
+        model = CuMoForConditionalGeneration(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    missing = set(expected) - set(getattr(model, "all_tied_weights_keys", None) or ())
+    unexpected, mismatched = [], []
+    for name, tensor in tensors:
+        missing.discard(name)
+        if name not in expected:
+            unexpected.append(name)
+        elif tensor.shape != expected[name]:
+            mismatched.append(f"{name}: {[*tensor.shape]} for {[*expected[name]]}")
+        yield name, tensor
+    faults = {"missing": sorted(missing), "unexpected": unexpected, "of another shape": mismatched}
+    if any(faults.values()):
+        told = "; ".join(f"{kind} {names}" for kind, names in faults.items() if names)
+        raise ValueError(f"{source}: expected the tensors of the model that its configuration describes, got {told}")
+
+
+def write_native(target: Path, config: CuMoConfig, tensors: Iterable[tuple[str, Tensor]], **options: Any) -> None:
+    """Write config.json and shards of our layout into an existing folder; options as of `write_shards`."""
+    write_shards(target, tensors, **options)
+    config.architectures = [CuMoForConditionalGeneration.__name__]
+    config.save_pretrained(target)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """The files beside the weights, and a processor, made from `tokenizer.model` if the source has none."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if any((source / name).is_file() for name in ("processor_config.json", "tokenizer.model")):
+        CuMoProcessor.from_pretrained(source).save_pretrained(target)
+
+
+def convert_to_native(
+    source: Path, target: Path, base: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """A checkpoint of the published layout (LoRA adapters merged, first stages completed) -> our layout.
+
+    Args:
+        source: see `cumo.checkpoints.published_folder`.
+        target: a folder that does not exist yet.
+        base: the model that an adapter or first stage builds on.
+        max_shard_bytes: see `write_shards`.
+
+    Raises:
+        ValueError: files are absent or damaged, or tensors do not fit the configuration. There is no `target` then.
+    """
+    config, tensors = open_checkpoint(source, base)
+    with written_aside(target) as folder:
+        write_native(folder, config, checked(tensors, config, source), max_shard_bytes=max_shard_bytes)
+        copy_companions(source, folder)
+
+
+def convert_to_published(source: Path, target: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """The inverse of `convert_to_native`, bit for bit.
+
+    An encoder other than CLIP ViT-L/14-336 is described in `target/vision_tower`.
+
+    Raises:
+        ValueError: see there; or the published layout cannot hold the model.
+    """
+    config = CuMoConfig.from_pretrained(source)
+    weights = open_folder(source)
+    encoder = config.vision_config.encoder_config
+    built_in = all(getattr(encoder, key) == value for key, value in CLIP_VIT_L_14_336.items())
+    fields = published_fields(config, CLIP_NAME if built_in else TOWER_FOLDER)
+    for _ in checked(((name, weights[name]) for name in weights), config, source):
+        pass  # tensors are mapped, not read: this looks at names and shapes
+    with written_aside(target) as folder:
+        write_shards(folder, published_tensors(weights), max_shard_bytes=max_shard_bytes)
+        write_json(folder / "config.json", fields)
+        if not built_in:
+            (folder / TOWER_FOLDER).mkdir()
+            encoder.save_pretrained(folder / TOWER_FOLDER)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `cumo convert`."""
+    parser.add_argument("source", type=Path, help="folder of a checkpoint")
+    parser.add_argument("target", type=Path, help="folder to write, which must not exist yet")
+    parser.add_argument("--to", choices=(NATIVE, PUBLISHED), required=True, help="layout of the target")
+    parser.add_argument("--base", type=Path, help="model that a LoRA adapter or a first stage builds on")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of a shard, and about the memory needed"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """`cumo convert`."""
+    size = int(arguments.max_shard_gb * 1e9)
+    if arguments.to == NATIVE:
+        convert_to_native(arguments.source, arguments.target, arguments.base, size)
+    else:
+        convert_to_published(arguments.source, arguments.target, size)
+    print(f"{arguments.target}: written in the {arguments.to} layout")

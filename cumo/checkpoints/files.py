@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors in files: read one at a time, mapped rather than loaded; written aside in shards, then renamed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# In the order in which they are looked for, as transformers does it.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_SUFFIX = ".index.json"
+# A shard lies in memory while it is filled. 4 GB hold the largest stacked tensor of Mixtral-8x7B (1.9 GB in bfloat16).
+MAX_SHARD_BYTES = 4 * 10**9
+
+
+class Weights(Mapping[str, Tensor]):
+    """Tensors of files by name, each read when it is asked for.
+
+    Nothing is kept: a tensor maps its file for as long as it lives, so that memory holds what is used at a time.
+
+    Args:
+        files: file of each tensor.
+        prefixes: what to put before a tensor's name to get the name within its file; "" where absent.
+    """
+
+    def __init__(self, files: Mapping[str, Path], stored_names: Mapping[str, str] | None = None) -> None:
+        self._files = dict(files)
+        self._stored_names = dict(stored_names or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _read(self._files[name], self._stored_names.get(name, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def file_of(self, name: str) -> Path:
+        """Where a tensor lies."""
+        return self._files[name]
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """The tensors under new names; `names` maps each old name that stays to its new one."""
+        return Weights(
+            {new: self._files[old] for old, new in names.items()},
+            {new: self._stored_names.get(old, old) for old, new in names.items()},
+        )
+
+    def joined(self, other: Weights) -> Weights:
+        """Both together.
+
+        Raises:
+            ValueError: they hold different tensors under one name.
+        """
+        for name in self.keys() & other.keys():
+            if not torch.equal(self[name], other[name]):
+                raise ValueError(
+                    f"{name}: expected one value, got different ones in {self.file_of(name)} and {other.file_of(name)}"
+                )
+        return Weights({**other._files, **self._files}, {**other._stored_names, **self._stored_names})
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the readers, naming the file."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{path}: expected a file of tensors, found none") from error
+        raise ValueError(
+            f"{path}: expected a whole file of tensors, got a truncated or damaged one: {error}"
+        ) from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    with _naming(path):
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(tensors).__name__}")
+    return tensors
+
+
+def _read(path: Path, name: str) -> Tensor:
+    if not _is_safetensors(path):
+        return _load_bin(path)[name]
+    with _naming(path), safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a .safetensors or .bin file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    if not _is_safetensors(path):
+        return list(_load_bin(path))
+    with _naming(path), safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def open_file(path: Path) -> Weights:
+    """The tensors of one file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    return Weights(dict.fromkeys(tensor_names(path), path))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights under one of transformers' names, whole or sharded."""
+    return any((folder / (name + suffix)).is_file() for name in WEIGHT_FILES for suffix in ("", INDEX_SUFFIX))
+
+
+def open_folder(folder: Path) -> Weights:
+    """The weights of a folder as transformers writes it: one file or shards with an index, .safetensors or .bin.
+
+    Raises:
+        ValueError: there are none, a shard is absent or damaged, or holds other tensors than its index says.
+    """
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return open_file(folder / name)
+        index = folder / (name + INDEX_SUFFIX)
+        if index.is_file():
+            return _open_shards(index)
+    raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)}, whole or with an index, found neither")
+
+
+def _open_shards(index: Path) -> Weights:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
+    wanted: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        wanted.setdefault(index.parent / shard, set()).add(name)
+    for shard_path, names in sorted(wanted.items()):
+        found = set(tensor_names(shard_path))
+        if found != names:
+            raise ValueError(
+                f"{shard_path}: expected the tensors that {index.name} lists; missing {sorted(names - found)}, "
+                f"unexpected {sorted(found - names)}"
+            )
+    return Weights({name: index.parent / shard for name, shard in weight_map.items()})
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name of `folder` once all has gone well, and is removed otherwise.
+
+    Raises:
+        ValueError: `folder` is there already.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder}: expected a folder that does not exist yet, found one")
+    aside = folder.with_name(f".{folder.name}.incomplete")
+    if aside.exists():  # left by a process that was killed
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.rename(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, str]:
+    """Write tensors as model-0000i-of-0000n.safetensors with an index, or as one model.safetensors if they fit.
+
+    Args:
+        folder: an existing folder.
+        tensors: (name, tensor), consumed one by one; no more than one shard is held.
+        max_shard_bytes: size that a shard does not exceed, unless a single tensor does.
+
+    Returns:
+        File of each tensor.
+    """
+    parts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = parameters = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > max_shard_bytes:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
+    flush()
+    weight_map = {}
+    for index, names in enumerate(parts):
+        file = "model.safetensors"
+        if len(parts) > 1:
+            file = f"model-{index + 1:05d}-of-{len(parts):05d}.safetensors"
+        (folder / f"part-{index}").rename(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(parts) > 1:
+        metadata = {"total_size": total, "total_parameters": parameters}
+        write_json(folder / ("model.safetensors" + INDEX_SUFFIX), {"metadata": metadata, "weight_map": weight_map})
+    return weight_map
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As transformers writes its files: indented, sorted, with a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

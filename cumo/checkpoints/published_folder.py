@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that the published code leaves: whole models, first stages, LoRA adapters; each as one set of tensors.
+
+Tensors keep their published names and are read when asked for. A folder may hold
+
+- a whole model: shards, .safetensors or .bin;
+- beside them, `clip.bin` and `mm_projector.bin`, as after the second stage;
+- `mm_projector.bin` alone, as after the first stage: the language model comes from a base, the vision encoder from the
+  folder that `mm_vision_tower` names;
+- a LoRA adapter with `non_lora_trainables.bin`: all else comes from a base, into which the adapter is merged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cumo.checkpoints.files import Weights, has_weights, open_file, open_folder
+from cumo.checkpoints.published_config import encoder_folder, is_published
+
+TOWER = "model.vision_tower."
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+
+
+class Published(NamedTuple):
+    """A published checkpoint."""
+
+    config: dict[str, Any]
+    """Content of its config.json."""
+    tensors: Mapping[str, Tensor]
+    """Under their published names, experts apart."""
+    folder: Path
+
+
+class _Merged(Mapping[str, Tensor]):
+    """`base`, with W + scale B A in place of each W that the adapter has A and B for, computed when asked for."""
+
+    def __init__(self, base: Weights, adapter: Weights, pairs: Mapping[str, Mapping[str, str]], scale: float) -> None:
+        self._base, self._adapter, self._pairs, self._scale = base, adapter, pairs, scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._base[name]
+        if name not in self._pairs:
+            return weight
+        a, b = (self._adapter[self._pairs[name][side]].float() for side in "AB")
+        return (weight.float() + self._scale * (b @ a)).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Content of a folder's config.json.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected the configuration of a model, found no such file") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    return config
+
+
+def open_published(folder: Path, base: Path | None = None) -> Published:
+    """Open a folder of the published layout.
+
+    Args:
+        folder: see the module.
+        base: folder of the model that a LoRA adapter was trained on, or of the language model of a first stage; the
+            published layout or, for the latter, the plain language model.
+
+    Raises:
+        ValueError: the folder is none of the published layout, is incomplete, or holds damaged files.
+    """
+    config = read_config(folder)
+    if not is_published(config):
+        raise ValueError(
+            f"{folder}: expected model_type llava_mistral or llava_mixtral, got {config.get('model_type')!r}"
+        )
+    if (folder / "adapter_config.json").is_file():
+        return Published(config, _merge_lora(folder, _require_base(folder, base)), folder)
+    tensors = open_folder(folder) if has_weights(folder) else _of_base(folder, base)
+    return Published(config, _with_parts(folder, config, tensors), folder)
+
+
+def _require_base(folder: Path, base: Path | None) -> Path:
+    if base is None:
+        raise ValueError(
+            f"model_base: expected the folder of the model that {folder} builds on, as it holds no language model; "
+            "got None"
+        )
+    return base
+
+
+def _of_base(folder: Path, base: Path | None) -> Weights:
+    """The language model of another folder."""
+    return open_folder(_require_base(folder, base))
+
+
+def _with_parts(folder: Path, config: Mapping[str, Any], tensors: Weights) -> Weights:
+    """`tensors` and what clip.bin, mm_projector.bin and the folder of the vision encoder hold."""
+    if (folder / "mm_projector.bin").is_file():
+        tensors = tensors.joined(open_file(folder / "mm_projector.bin"))
+    if (folder / "clip.bin").is_file():
+        tower = open_file(folder / "clip.bin")
+        tensors = tensors.joined(tower.renamed({name: TOWER + name for name in tower}))
+    if not any(name.startswith(TOWER) for name in tensors):
+        tensors = tensors.joined(_encoder_weights(folder, str(config.get("mm_vision_tower"))))
+    return tensors
+
+
+def _encoder_weights(folder: Path, name: str) -> Weights:
+    """The tensors of a CLIP as transformers keeps it, without what the published model leaves out."""
+    encoder = encoder_folder(name, folder)
+    if encoder is None or not has_weights(encoder):
+        raise ValueError(
+            f"{folder}: expected the weights of the vision encoder, in it, in clip.bin or in a folder "
+            f"mm_vision_tower={name!r}; found none"
+        )
+    weights = open_folder(encoder)
+    unused = ("vision_model.post_layernorm.", "vision_model.embeddings.position_ids")
+    names = [key for key in weights if key.startswith("vision_model.") and not key.startswith(unused)]
+    return weights.renamed({key: TOWER + key for key in names})
+
+
+def _merge_lora(folder: Path, base: Path) -> Mapping[str, Tensor]:
+    """The base's tensors, those of non_lora_trainables.bin in their place, and the adapter merged."""
+    tensors = open_published(base).tensors if is_published(read_config(base)) else open_folder(base)
+    if not isinstance(tensors, Weights):
+        raise ValueError(f"model_base: expected a model rather than another adapter, got {base}")
+    trained = open_file(folder / "non_lora_trainables.bin")
+    trained = trained.renamed({name: _in_model(name) for name in trained})
+    tensors = trained.joined(tensors.renamed({name: name for name in tensors if name not in trained}))
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder}: expected {' or '.join(ADAPTER_FILES)} beside adapter_config.json, found neither")
+    adapter = open_file(file)
+    pairs: dict[str, dict[str, str]] = {}
+    for name in adapter:
+        match = _LORA_KEY.fullmatch(_in_model(name))
+        if match is None:
+            raise ValueError(f"{file}: expected names that end in lora_A.weight or lora_B.weight, got {name}")
+        pairs.setdefault(match["module"] + ".weight", {})[match["side"]] = name
+    faults = sorted(name for name, pair in pairs.items() if name not in tensors or len(pair) < 2)
+    if faults:
+        raise ValueError(f"{file}: expected an A and a B for weights of the model, got others for {faults}")
+    return _Merged(tensors, adapter, pairs, _lora_scale(folder / "adapter_config.json"))
+
+
+def _in_model(name: str) -> str:
+    """The name in the model of a tensor that PEFT wrapped."""
+    return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name
+
+
+def _lora_scale(path: Path) -> float:
+    """The factor of B A (LoRA, arXiv 2106.09685, 4.1; rank-stabilised: arXiv 2312.03732)."""
+    options = json.loads(path.read_text())
+    for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
+        if options.get(key):
+            raise ValueError(f"{path}: {key}: expected it off or empty, got {options[key]!r}")
+    rank = options["r"]
+    return float(options["lora_alpha"] / (rank**0.5 if options.get("use_rslora") else rank))

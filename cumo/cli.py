@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, `cumo COMMAND ...`. A command's module is imported once it is chosen.
+
+Such a module has `add_arguments(parser)` and `run(arguments)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cumo import __version__
+
+
+class Command(NamedTuple):
+    """A row of the table."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
+    "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="cumo",
+        description="CuMo: a multimodal LLM with co-upcycled Mixture-of-Experts.",
+        epilog=f"commands:\n{_overview()}\n\n`cumo COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
+    name = parser.parse_args(argv[:1] or ["--help"]).command
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    own = argparse.ArgumentParser(prog=f"cumo {name}", description=module.__doc__ and module.__doc__.split("\n\n")[0])
+    module.add_arguments(own)
+    arguments = own.parse_args(argv[1:])
+    try:
+        module.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"cumo {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
