@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,64 @@ CLIP_VIT_L_14_336 = {
     "image_size": 336,
     "patch_size": 14,
     "hidden_act": "quick_gelu",
+}
+# The published CuMo, on Mistral-7B-Instruct-v0.2 and Mixtral-8x7B-Instruct-v0.1; and sizes for tests and first steps,
+# with which a training step takes a moment on a CPU.
+PRESETS: dict[str, dict[str, Any]] = {
+    "mistral-7b": {
+        "text_config": {
+            "model_type": "mistral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+        }
+    },
+    "mixtral-8x7b": {
+        "text_config": {
+            "model_type": "mixtral",
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+        }
+    },
+    "tiny": {
+        "vision_config": {
+            "encoder_config": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 7,
+            }
+        },
+        "text_config": {
+            "model_type": "mistral",
+            "vocab_size": 32000,  # that of the tokenizer of Mistral
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "sliding_window": None,
+        },
+    },
 }
 
 
@@ -160,6 +219,20 @@ class CuMoConfig(PreTrainedConfig):
             self.image_token_id = self.text_config.vocab_size
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> CuMoConfig:
+        """The configuration of a published model or of a tiny one.
+
+        Args:
+            name: a key of `PRESETS`: "mistral-7b", "mixtral-8x7b" or "tiny".
+            changes: arguments in place of the preset's.
+
+        Raises:
+            ValueError: there is no such preset, or a value does not fit.
+        """
+        check_one_of("name", name, PRESETS)
+        return cls(**copy.deepcopy(PRESETS[name]) | changes)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
@@ -121,7 +121,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_values_large: Any = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -136,6 +136,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
                 `pixel_values`.
             pixel_values: [images, 3, H, H], of all samples one after the other; None if there are none.
             pixel_values_large: the pictures at the larger scales, if the encoder wants them.
+            attention_mask: [B, L], 0 for padding; or ready masks, as generation with a static cache makes them.
             inputs_embeds: [B, L, D], in place of `input_ids`; then without pictures.
             labels: [B, L], -100 where nothing is to be learnt.
             logits_to_keep: compute logits of the last so many positions only (0: all).
@@ -149,7 +150,9 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         if input_ids is not None:
             inputs_embeds = self._embed(input_ids, image.embeddings)
         assert inputs_embeds is not None
-        if attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+        if pixel_values is None and labels is not None and _has_peers():
+            inputs_embeds = inputs_embeds + 0.0 * self._take_part()
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]:
             # as published: padding is zeros, which the routers of the language model see
             inputs_embeds = inputs_embeds * attention_mask.unsqueeze(-1).to(inputs_embeds.dtype)
         wants_text_losses = labels is not None and hasattr(self.config.text_config, "output_router_logits")
@@ -180,11 +183,30 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             image_features=image.embeddings,
         )
 
+    def _take_part(self) -> Tensor:
+        """A number that depends on every used parameter of encoder and connector, from one empty tile.
+
+        Where parameters are sharded or reduced over processes, each process has to use them all in every step, and in
+        the same order.
+        """
+        vision = self.config.vision_config
+        weight = self.vision_tower.get_input_embeddings().weight
+        side = vision.encoder_config.image_size
+        tile = torch.zeros(1, weight.shape[1], side, side, dtype=weight.dtype, device=weight.device)
+        features = self.vision_tower.tile_features(tile)
+        embeddings, _ = self.connector(torch.cat([features] * len(vision.scales), dim=-1))
+        return embeddings.mean()
+
     def _text_losses(self, outputs: Any, attention_mask: Tensor | None) -> AuxLosses | None:
         """Of the language model's own routers: all tokens are one segment; "switch" leaves padding out."""
         logits = [layer.flatten(0, -2) for layer in outputs.router_logits or ()]
         if not logits:
             return None
+        if torch.is_grad_enabled() and _has_reentrant_checkpoints(self.language_model):
+            raise ValueError(
+                "use_reentrant: expected False for a language model with experts, got True: transformers reads its "
+                "router logits from within the checkpoints, where they then have no gradient"
+            )
         if self.config.aux_loss == "switch" and attention_mask is not None:
             kept = attention_mask.flatten().bool()
             logits = [layer[kept] for layer in logits]
@@ -200,6 +222,20 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
                 lm_loss = lm_loss + self.config.balance_loss_coef * part.balance
                 lm_loss = lm_loss + self.config.router_z_loss_coef * part.z
         return lm_loss
+
+
+def _has_reentrant_checkpoints(model: nn.Module) -> bool:
+    functions = (
+        module._gradient_checkpointing_func
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
+    )
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
+
+
+def _has_peers() -> bool:
+    """Whether this process trains together with others."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 AutoModelForImageTextToText.register(CuMoConfig, CuMoForConditionalGeneration, exist_ok=True)

@@ -166,6 +166,19 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
                 features = hidden
         return features, tuple(routings)
 
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Those of blocks behind the feature layer, which get no gradient unless `config.keep_unused_layers`."""
+        if self.config.keep_unused_layers:
+            return []
+        return [parameter for layer in self.layers[self.config.num_used_layers :] for parameter in layer.parameters()]
+
+    def _without_class_token(self, hidden: Tensor) -> Tensor:
+        return hidden[:, 1:] if self.is_clip else hidden
+
+    def tile_features(self, tiles: Tensor) -> Tensor:
+        """Tiles [N, 3, H, W] -> features of their patches [N, patches, D], of one scale."""
+        return self._without_class_token(self.encode(tiles)[0])
+
     def forward(
         self, pixel_values: Tensor, pixel_values_large: Sequence[Tensor] | None = None, **kwargs: Any
     ) -> CuMoVisionOutput:
@@ -182,7 +195,7 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
         tiles = [split_tiles(image, scale) for image, scale in zip(images, self.config.scales, strict=True)]
         counts = tuple(len(group) for group in tiles)
         hidden, routings = self.encode(torch.cat(tiles), **kwargs)
-        patches = hidden[:, 1:] if self.is_clip else hidden
+        patches = self._without_class_token(hidden)
         groups = zip(patches.split(list(counts)), self.config.scales, strict=True)
         features = [pool_tiles(group, scale) if scale > 1 else group for group, scale in groups]
         return CuMoVisionOutput(torch.cat(features, dim=-1), routings, counts)

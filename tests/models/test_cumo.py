@@ -6,41 +6,19 @@ import torch
 
 pytest.importorskip("transformers", reason="CuMo is built on transformers")
 
-from cumo.config import CuMoConfig
-from cumo.models.cumo import CuMoForConditionalGeneration
-from tests.numerics import relative_error
+from transformers.generation.streamers import BaseStreamer
 
-ENCODER = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 12,
-    "patch_size": 4,
-}
-TEXT = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-PATCHES, IMAGE = 9, 50
+from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.experts import execution_paths
+from tests.models.tiny import IMAGE, PATCHES, TEXT, tiny_model
+from tests.numerics import relative_error
 
 
 @pytest.fixture(params=["llama", "qwen2", "mixtral"])
 def model(request):
     """A small random model; no token ends the text, so that every generation is as long as allowed."""
     torch.manual_seed(0)
-    moe = {"num_local_experts": 4, "num_experts_per_tok": 2} if request.param == "mixtral" else {}
-    text = {**TEXT, **moe, "model_type": request.param, "eos_token_id": None}
-    vision = {"encoder_config": ENCODER, "scales": [1, 2]}
-    return CuMoForConditionalGeneration(CuMoConfig(vision_config=vision, text_config=text)).eval()
+    return tiny_model(text_type=request.param, text={"eos_token_id": None})
 
 
 def with_picture(*tokens):
@@ -93,6 +71,62 @@ def test_batched_generation_equals_one_by_one_and_cache_equals_no_cache(model):
                 **options,
             )
             assert alone[0, len(row) :].tolist() == new.tolist()
+
+
+class Collector(BaseStreamer):
+    """Keeps what a streamer is given."""
+
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_static_cache_streamer_and_single_beam_give_the_same_tokens(model):
+    ids = torch.tensor([with_picture(5, 6)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 12, 12)}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert model.generate(**inputs, **options, cache_implementation="static").tolist() == expected.tolist()
+    streamer = Collector()
+    model.generate(**inputs, **options, streamer=streamer)
+    assert streamer.ended
+    assert [token for piece in streamer.pieces for token in piece] == expected[0].tolist()
+
+
+def test_beam_search_finds_a_text_that_is_as_likely_as_it_says(model):
+    ids = torch.tensor([with_picture(5, 6)])
+    pixels = torch.randn(1, 3, 12, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "length_penalty": 0.0}
+    found = model.generate(**inputs, **options, output_scores=True, return_dict_in_generate=True)
+    new = found.sequences[:, ids.shape[1] :]
+    logits = model(input_ids=found.sequences, pixel_values=pixels).logits[:, ids.shape[1] - 1 : -1]
+    log_likelihood = logits.log_softmax(-1).gather(-1, new[..., None]).sum()
+    torch.testing.assert_close(found.sequences_scores[0], log_likelihood, rtol=1e-4, atol=1e-4)
+    greedy = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+    logits = model(input_ids=torch.cat([ids, greedy], dim=1), pixel_values=pixels).logits[:, ids.shape[1] - 1 : -1]
+    assert log_likelihood >= logits.log_softmax(-1).gather(-1, greedy[..., None]).sum() - 1e-4
+
+
+def test_experts_of_the_language_model_run_on_the_kernels():
+    model = tiny_model(text_type="mixtral")
+    assert set(execution_paths(model).values()) == {"fused"}
+    model.language_model.set_experts_implementation("eager")
+    ids = torch.tensor([[1, 7, 8, 9]])
+    eager = model(input_ids=ids).logits
+    model.language_model.set_experts_implementation("cumo")
+    assert relative_error(model(input_ids=ids).logits, eager) <= 1e-5
+
+
+def test_other_experts_of_the_language_model_can_be_asked_for(tmp_path):
+    tiny_model(text_type="mixtral").save_pretrained(tmp_path)
+    model = CuMoForConditionalGeneration.from_pretrained(tmp_path, experts_implementation="eager")
+    assert model.language_model.config._experts_implementation == "eager"
 
 
 def test_the_loss_is_the_sum_of_its_weighted_parts(model):
