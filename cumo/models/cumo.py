@@ -190,7 +190,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         the same order.
         """
         vision = self.config.vision_config
-        weight = self.vision_tower.get_input_embeddings().weight
+        weight: Any = self.vision_tower.get_input_embeddings().weight
         side = vision.encoder_config.image_size
         tile = torch.zeros(1, weight.shape[1], side, side, dtype=weight.dtype, device=weight.device)
         features = self.vision_tower.tile_features(tile)

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.experts import execution_paths
-from tests.models.tiny import IMAGE, PATCHES, TEXT, tiny_model
+from tests.models.tiny import IMAGE, PATCHES, tiny_model
 from tests.numerics import relative_error
 
 
