@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cumo.models.prompts import IGNORE_INDEX
+
+
+class Collator:
+    """Joins examples of a `ConversationDataset` to a batch for the model.
+
+    A batch has `input_ids`, `attention_mask` and `labels`, int64 [B, L], padded on the right as published; with
+    pictures also `pixel_values`, [images, 3, H, H], of all samples one after the other, and `pixel_values_large`, a
+    list of one tensor, where examples have it.
+
+    Examples of a `PackedDataset` become one row, [1, all tokens], with `position_ids` that begin anew at each sample
+    and without a mask: from these transformers makes attention block-diagonal, whatever its implementation. One row,
+    since flash attention does so for one only.
+
+    Args:
+        pad_token_id: in the place of padding, which is masked.
+        max_length: raise if a row of the batch is longer; None for no limit.
+    """
+
+    def __init__(self, pad_token_id: int, max_length: int | None = None) -> None:
+        self.pad_token_id = pad_token_id
+        self.max_length = max_length
+
+    def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """A batch of examples, of which all are packed or none.
+
+        Raises:
+            ValueError: there is none, or one is too long.
+        """
+        if not examples:
+            raise ValueError("examples: expected at least one, got none")
+        longest = max(len(example["input_ids"]) for example in examples)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(f"examples: expected at most max_length={self.max_length} tokens, got {longest}")
+        batch: dict[str, Any] = {}
+        if "position_ids" in examples[0]:
+            for name in ("input_ids", "labels", "position_ids"):
+                batch[name] = torch.cat([example[name] for example in examples]).unsqueeze(0)
+            batch["use_cache"] = False  # with a cache transformers does not look for several samples in a row
+        else:
+            input_ids = [example["input_ids"] for example in examples]
+            batch["input_ids"] = pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id)
+            batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+            labels = [example["labels"] for example in examples]
+            batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        pixels = [example["pixel_values"] for example in examples if "pixel_values" in example]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        larger = [example["pixel_values_large"] for example in examples if "pixel_values_large" in example]
+        if larger:
+            batch["pixel_values_large"] = [torch.cat(larger)]
+        return batch

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of data sets, from files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from cumo.models.processor import to_rgb
+
+
+def open_picture(reference: str, folder: Path) -> Image.Image:
+    """A picture in RGB, decoded.
+
+    Args:
+        reference: a path relative to `folder` or absolute, which may lead out of it: data sets are trusted to name
+            pictures. Or `data:image/...;base64,...`. Nothing is fetched from the network.
+        folder: of the pictures.
+
+    Raises:
+        ValueError: there is no such file, it cannot be decoded to its end, or it has so many pixels that Pillow takes
+            it for an attack (`PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    name = f"picture {reference[:200]!r}"
+    source: Path | io.BytesIO
+    if reference.startswith("data:"):
+        name = "picture in base64"
+        header, _, content = reference.partition(",")
+        try:
+            if not header.endswith(";base64"):
+                raise ValueError("no base64")
+            source = io.BytesIO(base64.b64decode(content, validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"{name}: expected data:image/...;base64, and base64, got {error}") from error
+    elif reference.startswith(("http://", "https://")):
+        raise ValueError(f"{name}: expected a file, got an address: download pictures before training")
+    else:
+        source = folder / reference
+        name = f"picture {str(source)!r}"
+        if not source.is_file():
+            raise ValueError(f"{name}: expected a file, found none")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+        raise ValueError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error

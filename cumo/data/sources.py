@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of which files to train on: one file, or a mixture in the format of LLaVA-NeXT."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = (".json", ".jsonl")
+_SAMPLING = re.compile(r"all|(?P<which>first|end|random):(?P<amount>\d+|\d+(?:\.\d+)?%)")
+_KEYS = {"json_path": "path", "image_folder": "image_folder", "sampling_strategy": "sampling", "weight": "weight"}
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A file of conversations, and what to take of it.
+
+    Raises:
+        ValueError: a field does not fit.
+    """
+
+    path: str
+    """A .json file, which holds a list of rows, or a .jsonl file, with a row on each line."""
+    image_folder: str = ""
+    """To which the paths of pictures are relative; that of the file by default."""
+    sampling: str = "all"
+    """all, or first:N, end:N or random:N: so many rows, in the order of the file; N% for a share, rounded up."""
+    weight: float = 1.0
+    """How often an epoch goes through the rows taken: 2 is twice, 0.5 is a random half of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("path", "image_folder"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a string, got {getattr(self, name)!r}")
+        if Path(self.path).suffix not in SUFFIXES:
+            raise ValueError(f"path: expected a file that ends in .json or .jsonl, got {self.path!r}")
+        found = _SAMPLING.fullmatch(self.sampling) if isinstance(self.sampling, str) else None
+        if found is None or (found["which"] and not self._in_range(found["amount"])):
+            raise ValueError(
+                "sampling: expected all, first:N, end:N or random:N, where N is at least 1 or a share in percent, "
+                f"got {self.sampling!r}"
+            )
+        number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
+        if not number or not 0 < self.weight < math.inf:
+            raise ValueError(f"weight: expected a positive number, got {self.weight!r}")
+
+    @staticmethod
+    def _in_range(amount: str) -> bool:
+        return 0 < float(amount[:-1]) <= 100 if amount.endswith("%") else int(amount) > 0
+
+    @property
+    def folder(self) -> Path:
+        """To which the paths of pictures are relative."""
+        return Path(self.image_folder) if self.image_folder else Path(self.path).parent
+
+    @property
+    def limit(self) -> int | None:
+        """How many rows of the file have to be read, if not all."""
+        kind, _, amount = self.sampling.partition(":")
+        return int(amount) if kind == "first" and not amount.endswith("%") else None
+
+    def select(self, rows: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Numbers of the rows for an epoch, of a file of so many; a row stands there as often as it is gone through.
+
+        Raises:
+            ValueError: more rows are asked for than there are.
+        """
+        kind, _, amount = self.sampling.partition(":")
+        count = rows
+        if amount.endswith("%"):
+            count = math.ceil(rows * float(amount[:-1]) / 100)
+        elif amount:
+            count = int(amount)
+        if count > rows:
+            raise ValueError(f"{self.path}: expected at least {count} rows for sampling {self.sampling!r}, got {rows}")
+        if kind == "random":
+            taken = np.sort(rng.permutation(rows)[:count])
+        else:
+            taken = np.arange(rows)[rows - count if kind == "end" else 0 :][:count]
+        passes, share = divmod(self.weight, 1)
+        part = np.sort(rng.permutation(taken)[: round(share * count)])
+        return np.concatenate([*[taken] * int(passes), part]).astype(np.int64)
+
+
+def read_sources(path: str | Path) -> list[DataSource]:
+    """Sources of a data file or of a mixture.
+
+    Args:
+        path: a .json or .jsonl file, or a .yaml file as of LLaVA-NeXT:
+            `datasets: [{json_path, sampling_strategy, image_folder, weight}, ...]`, all but the first optional (see
+            `DataSource`). Relative paths in it are relative to it. Reading it needs PyYAML.
+
+    Raises:
+        ValueError: the mixture does not fit; names it and the entry.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.suffix in SUFFIXES:
+        return [DataSource(str(path))]
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"path: expected a .json, .jsonl or .yaml file, got {str(path)!r}")
+    import yaml
+
+    try:
+        mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    entries = mixture.get("datasets") if isinstance(mixture, dict) else None
+    if not isinstance(entries, list) or not entries or set(mixture) != {"datasets"}:
+        raise ValueError(f"{path}: expected a list under datasets and nothing else")
+    sources = []
+    for index, entry in enumerate(entries):
+        where = f"{path}: datasets[{index}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+            raise ValueError(f"{where}: expected json_path and what to take of it, got {entry!r}")
+        if unknown := set(entry) - set(_KEYS):
+            raise ValueError(f"{where}: expected keys of {list(_KEYS)}, got {sorted(map(str, unknown))}")
+        fields = {_KEYS[key]: value for key, value in entry.items() if value is not None}
+        for name in ("path", "image_folder"):
+            if isinstance(fields.get(name), str) and fields[name]:
+                fields[name] = str(path.parent / fields[name])
+        try:
+            sources.append(DataSource(**fields))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return sources
