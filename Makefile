@@ -49,5 +49,5 @@ $(OLDEST): constraints-oldest.txt
 $(NEWEST) $(OLDEST): %/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv --clear $*
 	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) setuptools
-	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[triton,transformers,dev]'
+	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[triton,train,serve,demo,dev]'
 	touch $@

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cumo.eval import report
-from cumo.eval.distributed import Worker, joined
+from cumo.eval.distributed import joined
 from cumo.eval.driver import evaluate
 from cumo.eval.judges import KEY_VARIABLE, EndpointJudge, Judge, Recorder
 from cumo.eval.questions import Model
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace, model: Model | None = None) -> None:
         for kind in kinds
     ]
     with joined() as worker:
-        model = model or _pipeline(arguments, worker)
+        model = model or _pipeline(arguments)
         results = evaluate(model, tasks, arguments.output, batch_size=arguments.batch_size, worker=worker)
         if worker.rank == 0:
             about = {
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace, model: Model | None = None) -> None:
             print(report.write(results, about, arguments.output))
 
 
-def _pipeline(arguments: argparse.Namespace, worker: Worker) -> Model:
+def _pipeline(arguments: argparse.Namespace) -> Model:
     """The model that `--model` names, on this process's own device."""
     import torch
 
@@ -115,8 +115,8 @@ def _pipeline(arguments: argparse.Namespace, worker: Worker) -> Model:
 
     device = arguments.device
     if device is None:
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if worker.world_size > torch.cuda.device_count() > 0 and arguments.device is None:
-        raise ValueError(f"expected a GPU for each process of this machine, got {torch.cuda.device_count()} GPUs")
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if 0 < gpus < processes:
+            raise ValueError(f"--device: expected a GPU for each of {processes} processes of this machine, got {gpus}")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpus else "cpu"
     return PipelineModel(arguments.model, dtype=arguments.dtype, device=device)
