@@ -36,16 +36,22 @@ class Fault(NamedTuple):
     line: int
     """On which the row begins, from 1; 0 if it is the whole file."""
     row: int
-    """Its number in the file, from 1: a JSON list may stand on one line."""
+    """Its number in the file, from 1, as a JSON list may stand on one line; 0 if rows cannot be told apart."""
     sample_id: object
     reason: str
 
     def __str__(self) -> str:
+        if not self.line:
+            return f"{self.file}: {self.reason}"
+        if not self.row:
+            return f"{self.file}:{self.line}: {self.reason}"
         return f"{self.file}:{self.line}: row {self.row}, sample {self.sample_id!r}: {self.reason}"
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be trained on; its text is that of a `Fault`."""
+    """A sample that cannot be trained on; its text is that of `fault`, which gets lost between processes."""
+
+    fault: Fault | None = None
 
 
 class ConversationDataset(Dataset[Example]):
@@ -141,7 +147,7 @@ class ConversationDataset(Dataset[Example]):
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index: expected less than {size}, got {index}")
-        stride = _coprime_near(0.618 * size, size)
+        stride = coprime_near(0.618 * size, size)
         for step in range(size):
             place = (index + step * stride) % size
             if self._bad[self._rows[place]]:
@@ -149,9 +155,7 @@ class ConversationDataset(Dataset[Example]):
             try:
                 return self.load(place)
             except BadSampleError as error:
-                if self.on_bad_sample == "stop":
-                    raise
-                self._skip(int(self._rows[place]), error)
+                self.handle_bad(place, error)
         raise ValueError("sources: expected at least one good sample, got none")
 
     def load(self, index: int) -> Example:
@@ -162,7 +166,6 @@ class ConversationDataset(Dataset[Example]):
         """
         row = int(self._rows[index])
         number, local = self._locate(row)
-        sample: Sample | None = None
         try:
             sample = self.indices[number].read(local)
             encoded = self._encode(sample)
@@ -170,7 +173,7 @@ class ConversationDataset(Dataset[Example]):
             if sample.images:
                 example.update(self._pixels(sample, self.sources[number].folder))
         except (ValueError, OSError) as error:
-            raise BadSampleError(str(self.fault(row, str(error)))) from error
+            raise self.bad(index, str(error)) from error
         return example
 
     def token_count(self, index: int) -> int:
@@ -184,7 +187,24 @@ class ConversationDataset(Dataset[Example]):
         try:
             return len(self._encode(self.indices[number].read(local)).input_ids)
         except (ValueError, OSError) as error:
-            raise BadSampleError(str(self.fault(row, str(error)))) from error
+            raise self.bad(index, str(error)) from error
+
+    def bad(self, index: int, reason: str) -> BadSampleError:
+        """The error that says so of a sample."""
+        fault = self.fault(int(self._rows[index]), reason)
+        error = BadSampleError(str(fault))
+        error.fault = fault
+        return error
+
+    def handle_bad(self, index: int, error: BadSampleError) -> None:
+        """Do about a bad sample what is to be done: raise, or log it once.
+
+        Raises:
+            BadSampleError: `error`, if `on_bad_sample` is "stop".
+        """
+        if self.on_bad_sample == "stop":
+            raise error
+        self._skip(int(self._rows[index]), error)
 
     def _encode(self, sample: Sample) -> Encoded:
         encoded = self.encode(sample)
@@ -248,7 +268,7 @@ class ConversationDataset(Dataset[Example]):
         return [f"{self.indices[number].path}:{self.indices[number].lines[row]}" for number, row in places]
 
 
-def _coprime_near(value: float, size: int) -> int:
+def coprime_near(value: float, size: int) -> int:
     """A step that reaches every one of `size` places, and takes the neighbours of a place far apart."""
     step = max(1, round(value))
     while math.gcd(step, size) != 1:

@@ -25,6 +25,14 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{}"]', re.DOTALL)
 _SEPARATOR = re.compile(rb"\s*,\s*")
 
 
+class DataFileError(ValueError):
+    """Something wrong with a file of which therefore no row can be told from the next."""
+
+    def __init__(self, path: Path, line: int, reason: str) -> None:
+        self.path, self.line, self.reason = str(path), line, reason
+        super().__init__(f"{path}:{line}: {reason}" if line else f"{path}: {reason}")
+
+
 class Row(NamedTuple):
     """A row as it stands in a file."""
 
@@ -39,7 +47,7 @@ def iterate_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """Rows of a .jsonl file, one on each line that is not blank, or of a .json file, which holds a list.
 
     Raises:
-        ValueError: a .json file is no list of objects; names file and line.
+        DataFileError: a .json file is no list of objects.
     """
     if path.suffix == ".jsonl":
         return _rows_of_lines(file)
@@ -141,9 +149,8 @@ class _ListScanner:
         self.counted = position
         return self.line
 
-    def _error(self, position: int, reason: str) -> ValueError:
-        line = self.line + self.buffer.count(b"\n", self.counted, position)
-        return ValueError(f"{self.path}:{line}: {reason}")
+    def _error(self, position: int, reason: str) -> DataFileError:
+        return DataFileError(self.path, self.line + self.buffer.count(b"\n", self.counted, position), reason)
 
 
 class RowIndex:
@@ -163,14 +170,15 @@ class RowIndex:
         faults: what is wrong with bad rows, by row.
 
     Raises:
-        ValueError: there is no such file, it holds no row, or it is no list of objects.
+        DataFileError: there is no such file, it holds no row, or it is no list of objects.
+        OSError: it cannot be read.
     """
 
     def __init__(
         self, path: Path, measure: Callable[[Sample], int], limit: int | None = None, progress: bool = True
     ) -> None:
         if not path.is_file():
-            raise ValueError(f"path: expected a .json or .jsonl file, got {str(path)!r}, which is no file")
+            raise DataFileError(path, 0, "expected a .json or .jsonl file, found none")
         self.path = path
         self.faults: dict[int, str] = {}
         columns = tuple(array(code) for code in "qqqii")
@@ -199,7 +207,7 @@ class RowIndex:
         self.offsets, self.sizes, self.lines = (np.array(column, dtype=np.int64) for column in columns[:3])
         self.lengths, self.image_counts = (np.array(column, dtype=np.int32) for column in columns[3:])
         if not len(self):
-            raise ValueError(f"{path}: expected rows, got none")
+            raise DataFileError(path, 0, "expected rows, got none")
 
     def __len__(self) -> int:
         return len(self.offsets)
