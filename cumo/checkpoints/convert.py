@@ -59,8 +59,16 @@ def checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig, source: P
     """`tensors` passed on; at their end an error unless they are those of the model that `config` describes.
 
     Raises:
-        ValueError: tensors are missing, left over, or of other shapes.
+        ValueError: tensors are missing, left over, or of other shapes; names the layout that `source` was taken for.
     """
+    layout = read_config(source).get("model_type")
+    try:
+        yield from _checked(tensors, config)
+    except ValueError as error:
+        raise ValueError(f"{source}: in the layout {layout!r}: {error}") from error
+
+
+def _checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig) -> Iterator[tuple[str, Tensor]]:
     with torch.device("meta"):
         model = CuMoForConditionalGeneration(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -76,7 +84,7 @@ def checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig, source: P
     faults = {"missing": sorted(missing), "unexpected": unexpected, "of another shape": mismatched}
     if any(faults.values()):
         told = "; ".join(f"{kind} {names}" for kind, names in faults.items() if names)
-        raise ValueError(f"{source}: expected the tensors of the model that its configuration describes, got {told}")
+        raise ValueError(f"expected the tensors of the model that its configuration describes, got {told}")
 
 
 def write_native(target: Path, config: CuMoConfig, tensors: Iterable[tuple[str, Tensor]], **options: Any) -> None:
