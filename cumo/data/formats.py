@@ -113,7 +113,9 @@ def _parse_turn(entry: Any, where: str) -> tuple[Any, str, list[str | None]]:
         elif kind in ("image", "image_url"):
             texts.append(f"{IMAGE_TOKEN}\n")
             reference = part.get(kind)
-            images.append(_reference(reference.get("url") if kind == "image_url" and reference else reference, where))
+            if kind == "image_url" and isinstance(reference, dict):
+                reference = reference.get("url")
+            images.append(_reference(reference, where))
         else:
             raise ValueError(f"{where}: expected parts of type text, image or image_url, got {_short(part)}")
     return speaker, "".join(texts), images
