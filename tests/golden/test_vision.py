@@ -96,7 +96,8 @@ def test_dense_tower(device):
     expected, _ = load_tensors("dense_stage.safetensors", device)
     encoder = json.loads((golden("tiny_clip") / "config.json").read_text())
     state = below(torch.load(golden("clip.bin"), map_location=device, weights_only=True), "vision_model.")
-    config = CuMoVisionConfig(encoder_config=encoder, num_experts=1, num_experts_per_tok=1)
+    scales = json.loads((golden("checkpoint_cumo_mistral") / "config.json").read_text())["scales"]
+    config = CuMoVisionConfig(encoder_config=encoder, num_experts=1, num_experts_per_tok=1, scales=scales)
     model = CuMoVisionModel(config).to(device)
     model.load_state_dict({name.replace("encoder.layers.", "layers."): t for name, t in state.items()}, strict=True)
     assert relative_error(model(expected["pixel_values"]).features, expected["dense_features"]) <= 1e-5

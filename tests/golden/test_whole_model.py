@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both published models as a whole: logits, losses, gradients, generated ids; and their checkpoints there and back."""
 
-import json
-
 import pytest
 import torch
 
@@ -23,23 +21,8 @@ IMAGE, IGNORED = -200, -100
 def case(request, device):
     """The model with published weights, and the batch with its results."""
     folder = golden(f"checkpoint_cumo_{request.param}")
-    published = json.loads((folder / "config.json").read_text())
-    encoder = json.loads((golden(published["mm_vision_tower"]) / "config.json").read_text())
-    fields = {name: value for name, value in published.items() if not name.startswith("mm_")}
-    config = CuMoConfig(
-        vision_config={
-            "encoder_config": encoder,
-            "num_experts": published["num_experts"],
-            "num_experts_per_tok": published["num_selected"],
-            "scales": published["scales"],
-            "keep_unused_layers": True,
-        },
-        text_config={**fields, "model_type": request.param, "architectures": None},
-        connector_num_experts=published["num_experts"],
-        connector_num_experts_per_tok=published["num_selected"],
-        balance_loss_coef=published["balance_loss_coef"],
-        router_z_loss_coef=published["router_z_loss_coef"],
-    )
+    config = CuMoConfig.from_pretrained(folder)
+    config.vision_config.keep_unused_layers = True
     model = CuMoForConditionalGeneration(config).to(device).eval()
     weights, _ = load_tensors(f"checkpoint_cumo_{request.param}/model.safetensors", device)
     model.load_state_dict(to_native(weights), strict=True)
