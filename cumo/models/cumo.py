@@ -19,6 +19,7 @@ from cumo.models.experts import NAME as EXPERTS
 from cumo.models.loading import LoadsBothLayouts
 from cumo.models.vision import CuMoVisionModel, CuMoVisionPreTrainedModel
 from cumo.nn.losses import AuxLosses, routing_losses
+from cumo_kernels import Routing
 
 
 @dataclass
@@ -37,6 +38,12 @@ class CuMoOutput(ModelOutput):
     text_losses: AuxLosses | None = None
     image_features: Tensor | None = None
     """[images, patches, LLM width]: what took the place of the placeholders."""
+    vision_routings: tuple[Routing, ...] | None = None
+    """As of `CuMoVisionOutput`, with `tiles_per_scale`; None without pictures, as is `connector_routing`."""
+    tiles_per_scale: tuple[int, ...] | None = None
+    connector_routing: Routing | None = None
+    text_routings: tuple[Routing, ...] | None = None
+    """One of each layer of the language model with experts, if `labels` were given."""
 
 
 @dataclass
@@ -46,6 +53,9 @@ class ImageFeatures(ModelOutput):
     embeddings: Tensor | None = None
     vision_losses: AuxLosses | None = None
     connector_losses: AuxLosses | None = None
+    vision_routings: tuple[Routing, ...] | None = None
+    tiles_per_scale: tuple[int, ...] | None = None
+    connector_routing: Routing | None = None
 
 
 class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
@@ -91,17 +101,26 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
 
     def get_image_features(self, pixel_values: Tensor, pixel_values_large: Any = None) -> ImageFeatures:
         """Pictures [images, 3, H, H] -> embeddings [images, patches, LLM width] and the routers' losses."""
-        vision = self.vision_tower(pixel_values, pixel_values_large)
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (trained or pixel_values.requires_grad)):
+            vision = self.vision_tower(pixel_values, pixel_values_large)
         embeddings, routing = self.connector(vision.features)
         mode = self.config.aux_loss
         return ImageFeatures(
             embeddings=embeddings,
             vision_losses=routing_losses(vision.routings, vision.tiles_per_scale, mode) if vision.routings else None,
             connector_losses=None if routing is None else routing_losses([routing], [len(pixel_values)], mode),
+            vision_routings=vision.routings,
+            tiles_per_scale=vision.tiles_per_scale,
+            connector_routing=routing,
         )
 
-    def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Token embeddings, with the features in the place of the placeholders."""
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Token embeddings [B, L, D], with picture features [images, patches, D] in the place of the placeholders.
+
+        Raises:
+            ValueError: image tokens and features do not match.
+        """
         is_image = torch.eq(input_ids, self.config.image_token_id)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         if features is None:
@@ -148,7 +167,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
         image = ImageFeatures() if pixel_values is None else self.get_image_features(pixel_values, pixel_values_large)
         if input_ids is not None:
-            inputs_embeds = self._embed(input_ids, image.embeddings)
+            inputs_embeds = self.embed(input_ids, image.embeddings)
         assert inputs_embeds is not None
         if pixel_values is None and labels is not None and _has_peers():
             inputs_embeds = inputs_embeds + 0.0 * self._take_part()
@@ -166,7 +185,8 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        text_losses = self._text_losses(outputs, attention_mask) if wants_text_losses else None
+        text_routings = self._text_routings(outputs, attention_mask) if wants_text_losses else ()
+        text_losses = routing_losses(text_routings, [1], self.config.aux_loss) if text_routings else None
         lm_loss = None
         if labels is not None:
             lm_loss = self.language_model.loss_function(outputs.logits, labels, self.config.text_config.vocab_size)
@@ -181,6 +201,10 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             connector_losses=image.connector_losses,
             text_losses=text_losses,
             image_features=image.embeddings,
+            vision_routings=image.vision_routings,
+            tiles_per_scale=image.tiles_per_scale,
+            connector_routing=image.connector_routing,
+            text_routings=text_routings or None,
         )
 
     def _take_part(self) -> Tensor:
@@ -197,11 +221,11 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         embeddings, _ = self.connector(torch.cat([features] * len(vision.scales), dim=-1))
         return embeddings.mean()
 
-    def _text_losses(self, outputs: Any, attention_mask: Tensor | None) -> AuxLosses | None:
+    def _text_routings(self, outputs: Any, attention_mask: Tensor | None) -> tuple[Routing, ...]:
         """Of the language model's own routers: all tokens are one segment; "switch" leaves padding out."""
         logits = [layer.flatten(0, -2) for layer in outputs.router_logits or ()]
         if not logits:
-            return None
+            return ()
         if torch.is_grad_enabled() and _has_reentrant_checkpoints(self.language_model):
             raise ValueError(
                 "use_reentrant: expected False for a language model with experts, got True: transformers reads its "
@@ -211,7 +235,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             kept = attention_mask.flatten().bool()
             logits = [layer[kept] for layer in logits]
         top_k = self.config.text_config.num_experts_per_tok
-        return routing_losses([ck.topk_gating(layer, top_k) for layer in logits], [1], self.config.aux_loss)
+        return tuple(ck.topk_gating(layer, top_k) for layer in logits)
 
     def _total(self, lm_loss: Tensor | None, *parts: AuxLosses | None) -> Tensor | None:
         """All losses, weighted."""

@@ -213,6 +213,15 @@ class CuMoProcessor(ProcessorMixin):
             batch["pixel_values_large"] = [BatchFeature({"large": large}, tensor_type=return_tensors)["large"]]
         return batch
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids of a prompt of the chat template, placeholders of its pictures included, without looking at pictures.
+
+        As in `apply_chat_template`, the tokenizer adds a BOS only where the template wrote none.
+        """
+        bos = self.tokenizer.bos_token
+        add_special_tokens = not (bos and prompt.startswith(bos))
+        return list(self._tokenize([prompt], add_special_tokens, {})["input_ids"][0])
+
     def _match(self, texts: list[str], images: Any) -> list[Any]:
         """All pictures one after the other, after a check that every prompt has its own."""
         wanted = [text.count(self.image_token) for text in texts]

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations, checked and turned into prompts in which nothing that a user wrote is a control token."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from PIL import Image
+
+Conversation = Sequence[Mapping[str, Any]]
+ROLES = ("system", "user", "assistant")
+# Written by the published template as ordinary text, which the models know as control sequences all the same.
+TEXT_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+
+class Prompt(NamedTuple):
+    """A conversation as the tokenizer and the image processor take it."""
+
+    text: str
+    images: list[Any]
+    """One for each placeholder in `text`, in order."""
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """Raise unless a conversation has the form that `CuMoPipeline` documents.
+
+    Raises:
+        ValueError: a message or a part of one is malformed, or the last message is not the user's.
+    """
+    if not isinstance(conversation, Sequence) or isinstance(conversation, (str, bytes)) or not conversation:
+        raise ValueError(f"messages: expected a list of messages, got {_shown(conversation)}")
+    for index, message in enumerate(conversation):
+        name = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            raise ValueError(f"{name}: expected an object with role and content, got {_shown(message)}")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"{name}.role: expected one of {list(ROLES)}, got {_shown(message.get('role'))}")
+        if message["role"] == "system" and index:
+            raise ValueError(f"{name}.role: expected system as the first message only")
+        _check_content(f"{name}.content", message.get("content"), message["role"])
+    if conversation[-1]["role"] != "user":
+        raise ValueError(f"messages: expected user to speak last, got {conversation[-1]['role']}")
+
+
+def _check_content(name: str, content: Any, role: str) -> None:
+    if isinstance(content, str):
+        return
+    if not isinstance(content, Sequence) or isinstance(content, bytes) or not content:
+        raise ValueError(f"{name}: expected a string or a list of parts, got {_shown(content)}")
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            continue
+        if kind == "image":
+            if role != "user":
+                raise ValueError(f"{name}[{index}]: expected pictures in messages of the user only, got one of {role}")
+            if isinstance(part.get("image"), (Image.Image, str, os.PathLike, np.ndarray)):
+                continue
+        raise ValueError(
+            f"{name}[{index}]: expected a part of type text (with text) or image (with image), got {_shown(part)}"
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class PromptBuilder:
+    """Makes prompts with the chat template of a processor.
+
+    Text of the conversation that would read as a control token, such as `<image>`, `</s>` or `[INST]`, gets a space
+    after its first character, so that it stays legible and is ordinary text. That holds for every role.
+
+    Args:
+        processor: a `CuMoProcessor`.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        tokens.update(tokenizer.all_special_tokens, [processor.image_token])
+        tokens.update(marker for marker in TEXT_MARKERS if marker in str(processor.chat_template))
+        # One character, where a token begins: tokens that overlap are all found.
+        alternatives = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token.strip())
+        self._control = re.compile(f"(?={alternatives}).", re.DOTALL)
+
+    def neutral(self, texts: Sequence[str]) -> list[str]:
+        """The texts of a message without control tokens, also without those that begin in one and end in another:
+        a template may join them."""
+        joined = "".join(texts)
+        cuts = [match.end() for match in self._control.finditer(joined)]
+        neutral, begin = [], 0
+        for text in texts:
+            end = begin + len(text)
+            inner = [cut for cut in cuts if begin < cut <= end] if cuts else []
+            bounds = [begin, *inner, end]
+            neutral.append(" ".join(joined[start:stop] for start, stop in itertools.pairwise(bounds)))
+            begin = end
+        return neutral
+
+    def build(self, conversation: Conversation) -> Prompt:
+        """The prompt of a conversation, which ends where the answer begins.
+
+        Raises:
+            ValueError: the conversation is malformed, or the template refuses it.
+        """
+        check_conversation(conversation)
+        images: list[Any] = []
+        messages = []
+        for message in conversation:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            images.extend(part["image"] for part in parts if part["type"] == "image")
+            messages.append({"role": message["role"], "content": self._content(content)})
+        try:
+            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+        found = text.count(self.processor.image_token)
+        if found != len(images):
+            raise ValueError(f"messages: the chat template made {found} placeholders of {len(images)} pictures")
+        return Prompt(text, images)
+
+    def _content(self, content: Any) -> Any:
+        if isinstance(content, str):
+            return self.neutral([content])[0]
+        texts = iter(self.neutral([part["text"] for part in content if part["type"] == "text"]))
+        return [
+            {"type": "text", "text": next(texts)} if part["type"] == "text" else {"type": "image"} for part in content
+        ]

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller asks of an answer, and what an answer is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+FinishReason = Literal["stop", "length", "cancelled"]
+MAX_STOPS = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How to answer one conversation; rows of a batch may have different ones.
+
+    Args:
+        max_new_tokens: upper limit of the answer, in tokens.
+        temperature: 0 for greedy decoding; otherwise the logits are divided by it, then drawn from.
+        top_p: draw from the smallest set of most probable tokens whose probabilities sum to this.
+        stop: strings (or one) before which the answer ends; they are not part of it.
+        seed: of the draws; with the same one, the same conversation gets the same answer, whatever else is in the
+            batch. None to draw differently each time.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: str | Sequence[str] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate; `stop` becomes a tuple."""
+        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected a positive integer, got {self.max_new_tokens!r}")
+        if not _is_number(self.temperature) or not 0 <= self.temperature <= 100:
+            raise ValueError(f"temperature: expected a number from 0 to 100, got {self.temperature!r}")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a number above 0 and up to 1, got {self.top_p!r}")
+        if self.seed is not None and (not _is_integer(self.seed) or abs(self.seed) > MAX_SEED):
+            raise ValueError(f"seed: expected an integer of 64 bits or None, got {self.seed!r}")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop: expected strings that are not empty, got {self.stop!r}")
+        if len(stop) > MAX_STOPS:
+            raise ValueError(f"stop: expected up to {MAX_STOPS} strings, got {len(stop)}")
+        object.__setattr__(self, "stop", tuple(stop))
+
+
+class Completion(NamedTuple):
+    """An answer."""
+
+    text: str
+    """Without the stop string, and without white space around it."""
+    finish_reason: FinishReason
+    """"stop": the model ended its answer, or a stop string occurred; "length": a limit was reached; "cancelled"."""
+    prompt_tokens: int
+    """Of the whole prompt, the placeholders of pictures included."""
+    completion_tokens: int
+    """Generated, including the one that ended the answer."""
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations with pictures in, answers out: the one door to a trained model."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.configuration_utils import CompileConfig
+
+from cumo.inference.conversation import Conversation, PromptBuilder
+from cumo.inference.features import FeatureCache, picture_key
+from cumo.inference.loading import load
+from cumo.inference.options import Completion, GenerationOptions
+from cumo.inference.rows import Row, RowSampler, RowStopping
+from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.processor import CuMoProcessor, to_rgb
+
+DEFAULT_CACHE_BYTES = 256 << 20
+
+
+class CuMoPipeline:
+    """Answers conversations.
+
+    A conversation is a list of messages {"role": "system", "user" or "assistant", "content": ...}; content is a string
+    or a list of parts {"type": "text", "text": ...} and {"type": "image", "image": a PIL image, a path or a uint8
+    array}. Text that would read as a control token is made ordinary text; see `PromptBuilder`.
+
+    Greedy answers do not depend on the batch they are in, on streaming or on cached features, up to the rounding of
+    the model's dtype. Pictures are encoded one by one (each is many tiles, which fill a GPU), so that their features do
+    not depend on their company at all.
+
+    One thread generates at a time; others wait.
+
+    Args:
+        model: in the dtype and on the device where it is to run.
+        processor: of the model.
+        compile: compile the decoding step; implies `static_cache`, and takes minutes at the first answer.
+        static_cache: keep keys and values in memory that is reserved at the start of an answer.
+        feature_cache_bytes: memory for embeddings of pictures, on the model's device; 0 for none.
+
+    Raises:
+        ValueError: the processor is not the model's.
+    """
+
+    def __init__(
+        self,
+        model: CuMoForConditionalGeneration,
+        processor: CuMoProcessor,
+        *,
+        compile: bool = False,
+        static_cache: bool = False,
+        feature_cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        for name, expected, given in (
+            ("image_token_id", model.config.image_token_id, processor.image_token_id),
+            ("image_seq_length", model.config.vision_config.num_patches, processor.image_seq_length),
+        ):
+            if given != expected:
+                raise ValueError(f"processor: expected {name}={expected} of the model, got {given}")
+        self.model = model
+        self.processor = processor
+        self.features = FeatureCache(feature_cache_bytes)
+        self._prompts = PromptBuilder(processor)
+        self._compile = compile
+        self._static_cache = static_cache or compile
+        self._lock = threading.Lock()
+        self._eos_ids = _eos_ids(model, processor)
+        # no answer may hold a placeholder of a picture
+        image_token_id = processor.image_token_id
+        self._suppressed = [image_token_id] if image_token_id < model.config.text_config.vocab_size else []
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        quantization: str | None = None,
+        compile: bool = False,
+        static_cache: bool = False,
+        feature_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        **options: Any,
+    ) -> CuMoPipeline:
+        """Load a model.
+
+        Args:
+            name: folder, of this package's layout or the published one, or a name on the hub.
+            dtype: "auto" for that of the checkpoint, "float32", "bfloat16" or "float16".
+            device: None for the first GPU, or the CPU where there is none.
+            quantization: "int8" or "nf4" for the linear layers of the language model, but for its routers and its head;
+                needs bitsandbytes.
+            compile: see `CuMoPipeline`.
+            static_cache: see `CuMoPipeline`.
+            feature_cache_bytes: see `CuMoPipeline`.
+            options: further ones of the model's `from_pretrained`: `revision`, `token`, `model_base`, `device_map`,
+                `attn_implementation`, ...
+
+        Raises:
+            ValueError: an argument or the checkpoint does not fit.
+            ImportError: a package that quantisation needs is not installed.
+        """
+        model, processor = load(name, dtype=dtype, device=device, quantization=quantization, **options)
+        return cls(
+            model, processor, compile=compile, static_cache=static_cache, feature_cache_bytes=feature_cache_bytes
+        )
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that prompt and answer may have together; None if the language model has no limit."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", None)
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        options: GenerationOptions | Sequence[GenerationOptions] | None = None,
+    ) -> list[Completion]:
+        """Answer conversations, in one batch.
+
+        Args:
+            conversations: any number.
+            options: for all of them, or one for each; `GenerationOptions()` by default.
+
+        Raises:
+            ValueError: a conversation is malformed or longer than the model takes.
+        """
+        if options is None or isinstance(options, GenerationOptions):
+            options = [options or GenerationOptions()] * len(conversations)
+        if len(options) != len(conversations):
+            raise ValueError(f"options: expected {len(conversations)}, one for each conversation, got {len(options)}")
+        rows = [self.prepare(*pair) for pair in zip(conversations, options, strict=True)]
+        self.run(rows)
+        return [row.completion() for row in rows]
+
+    def stream(self, conversation: Conversation, options: GenerationOptions | None = None) -> Iterator[str]:
+        """Answer one conversation, piece by piece; ends early, and frees the model, when it is closed.
+
+        Args:
+            conversation: to answer.
+            options: `GenerationOptions()` by default.
+
+        Raises:
+            ValueError: the conversation is malformed or longer than the model takes.
+        """
+        pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        row = self.prepare(conversation, options or GenerationOptions(), pieces.put)
+        return self._stream(row, pieces)
+
+    def _stream(self, row: Row, pieces: queue.SimpleQueue[Any]) -> Iterator[str]:
+        def work() -> None:
+            try:
+                self.run([row])
+                pieces.put(None)
+            except BaseException as error:  # raised again where the pieces are read
+                pieces.put(error)
+
+        worker = threading.Thread(target=work, name="cumo-stream", daemon=True)
+        worker.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            row.cancel()
+            worker.join()
+
+    def prepare(
+        self, conversation: Conversation, options: GenerationOptions, on_text: Callable[[str], None] | None = None
+    ) -> Row:
+        """A row for `run`: the conversation checked, its prompt in tokens, its pictures decoded.
+
+        Args:
+            conversation: to answer.
+            options: how.
+            on_text: called with each piece of the answer, in the thread that runs.
+
+        Raises:
+            ValueError: the conversation is malformed or longer than the model takes.
+        """
+        prompt = self._prompts.build(conversation)
+        ids = self.processor.prompt_ids(prompt.text)
+        room = options.max_new_tokens if self.max_tokens is None else self.max_tokens - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"messages: expected a prompt below the {self.max_tokens} tokens of the model, got {len(ids)}"
+            )
+        row = Row(ids, [_picture(image) for image in prompt.images], options, self.processor.tokenizer, on_text)
+        row.max_new_tokens = min(row.max_new_tokens, room)
+        return row
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> None:
+        """Answer rows of `prepare`, in one batch. Rows that are cancelled end at the next token."""
+        if not rows:
+            return
+        with self._lock:
+            embeddings, mask = self._embed(rows)
+            model: Any = self.model
+            model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                generation_config=self._generation_config(max(row.max_new_tokens for row in rows)),
+                logits_processor=LogitsProcessorList([RowSampler(rows, self._suppressed)]),
+                stopping_criteria=StoppingCriteriaList([RowStopping(rows, self._eos_ids)]),
+            )
+
+    def picture_embeddings(self, picture: Image.Image) -> Tensor:
+        """[patches, LLM width] of an RGB picture, from the cache if it is there."""
+        key = picture_key(picture)
+        found = self.features.get(key)
+        if found is None:
+            features = self.model.get_image_features(**self.pixels(picture))
+            assert features.embeddings is not None
+            found = features.embeddings[0]
+            self.features.put(key, found)
+        return found
+
+    def pixels(self, picture: Image.Image) -> dict[str, Any]:
+        """What the vision encoder takes of a picture, in its dtype and on its device."""
+        weight: Any = self.model.vision_tower.get_input_embeddings().weight
+        batch = self.processor(images=[picture], return_tensors="pt")
+        pixels: dict[str, Any] = {"pixel_values": batch["pixel_values"].to(weight.device, weight.dtype)}
+        if "pixel_values_large" in batch:
+            pixels["pixel_values_large"] = [
+                large.to(weight.device, weight.dtype) for large in batch["pixel_values_large"]
+            ]
+        return pixels
+
+    def _embed(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, L, D] of the prompts and their mask [B, L], padded on the left."""
+        longest = max(len(row.prompt_ids) for row in rows)
+        padding = [longest - len(row.prompt_ids) for row in rows]
+        ids = torch.tensor([[0] * pad + list(row.prompt_ids) for pad, row in zip(padding, rows, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * len(row.prompt_ids) for pad, row in zip(padding, rows, strict=True)])
+        table: Any = self.model.get_input_embeddings()
+        device = table.weight.device
+        features = [self.picture_embeddings(picture) for row in rows for picture in row.images]
+        stacked = torch.stack(features) if features else None
+        return self.model.embed(ids.to(device), stacked), mask.to(device)
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        pad = self.processor.tokenizer.pad_token_id
+        usable = pad is not None and pad < self.model.config.text_config.vocab_size
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=sorted(self._eos_ids) or None,
+            pad_token_id=pad if usable else next(iter(sorted(self._eos_ids)), 0),
+            use_cache=True,
+            cache_implementation="static" if self._static_cache else None,
+            disable_compile=not self._compile,
+        )
+        if self._compile:
+            # CUDA graphs are left out: they keep one set of buffers, and batches come in many sizes.
+            config.compile_config = CompileConfig(mode="default", dynamic=True)
+            config.compile_config._compile_all_devices = True
+        return config
+
+
+def _picture(image: Any) -> Image.Image:
+    """A picture in RGB; a string is a path and never an address."""
+    if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+        raise ValueError(f"image: expected a picture or the path of a file, got {str(image)[:200]!r}")
+    return to_rgb(image)
+
+
+def _eos_ids(model: CuMoForConditionalGeneration, processor: CuMoProcessor) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation configuration, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*ids, processor.tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a batch, each with options of its own, in one `generate` of transformers.
+
+Letters: B rows, V vocabulary, L tokens generated so far.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from cumo.inference.options import Completion, FinishReason, GenerationOptions
+from cumo.inference.text_stream import TextStream
+
+
+class Row:
+    """An answer in the making.
+
+    Args:
+        prompt_ids: of the whole prompt.
+        images: pictures of the prompt, one for each placeholder run.
+        options: how to answer.
+        tokenizer: decodes.
+        on_text: called with each piece of text, in the thread that generates.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        images: Sequence[Any],
+        options: GenerationOptions,
+        tokenizer: Any,
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.images = images
+        self.options = options
+        self.max_new_tokens = options.max_new_tokens
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._on_text = on_text
+        self._stream = TextStream(tokenizer, options.stop)
+        self._cancelled = threading.Event()
+        self._draws = torch.Generator()
+        self._draws.manual_seed(secrets.randbits(63) if options.seed is None else options.seed)
+
+    def cancel(self) -> None:
+        """End the answer at the next token; from any thread."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    def draw(self) -> float:
+        """The next random number, from 0 to below 1: one for each token that is sampled."""
+        return float(torch.rand((), generator=self._draws, dtype=torch.float64))
+
+    def push(self, token: int, eos_ids: frozenset[int]) -> None:
+        """Take the next token; ends the row where something asks for it."""
+        self.tokens += 1
+        if self.is_cancelled:
+            return self._finish("cancelled")
+        if token in eos_ids:
+            return self._finish("stop")
+        self._say(self._stream.push(token))
+        if self._stream.stopped:
+            return self._finish("stop")
+        if self.tokens >= self.max_new_tokens:
+            return self._finish("length")
+        return None
+
+    def completion(self) -> Completion:
+        """The answer, once it has ended."""
+        assert self.finish_reason is not None
+        return Completion(self._stream.text, self.finish_reason, len(self.prompt_ids), self.tokens)
+
+    def _finish(self, reason: FinishReason) -> None:
+        if reason != "cancelled":
+            self._say(self._stream.finish())
+        # what was held back may have completed a stop string
+        self.finish_reason = "stop" if reason == "length" and self._stream.stopped else reason
+
+    def _say(self, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(piece)
+
+
+class RowSampler(LogitsProcessor):
+    """Draws each row's token by the row's own options and random numbers, so that its company changes nothing.
+
+    Leaves 0 at the chosen token and -inf elsewhere; rows of temperature 0 are left as they are. The caller decodes
+    greedily.
+
+    Args:
+        rows: of the batch, B.
+        suppressed: ids that are never chosen.
+    """
+
+    def __init__(self, rows: Sequence[Row], suppressed: Sequence[int] = ()) -> None:
+        self._rows = rows
+        self._suppressed = list(suppressed)
+        self._sampled = [index for index, row in enumerate(rows) if row.options.temperature > 0]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        """Scores [B, V] -> [B, V]."""
+        if self._suppressed:
+            scores[:, self._suppressed] = -torch.inf
+        if not self._sampled:
+            return scores
+        rows = [self._rows[index] for index in self._sampled]
+        options = torch.tensor([[row.options.temperature, row.options.top_p, row.draw()] for row in rows])
+        temperature, top_p, draw = options.to(scores.device).split(1, dim=1)
+        chosen = choose(scores[self._sampled].float() / temperature, top_p, draw)
+        scores[self._sampled] = torch.full_like(scores[self._sampled], -torch.inf).scatter_(1, chosen, 0.0)
+        return scores
+
+
+def choose(logits: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
+    """Inverse of the distribution function: logits [B, V], top_p and draw [B, 1] in [0, 1) -> ids [B, 1].
+
+    Tokens are taken by falling probability until their sum reaches `top_p`; `draw` is a share of that sum.
+    """
+    probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    sums = probs.cumsum(dim=-1)
+    kept = sums - probs < top_p
+    total = torch.where(kept, sums, 0.0).amax(dim=-1, keepdim=True)
+    place = (sums <= draw * total).sum(dim=-1, keepdim=True)
+    return ids.gather(1, torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1))
+
+
+class RowStopping(StoppingCriteria):
+    """Hands each row its newest token, and ends the rows that want to.
+
+    Args:
+        rows: of the batch, B.
+        eos_ids: tokens that end an answer.
+    """
+
+    def __init__(self, rows: Sequence[Row], eos_ids: frozenset[int]) -> None:
+        self._rows = rows
+        self._eos_ids = eos_ids
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
+        """Ids [B, L] -> [B], True for rows that have ended."""
+        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if row.finish_reason is None:
+                row.push(token, self._eos_ids)
+        ended = [row.finish_reason is not None for row in self._rows]
+        return torch.tensor(ended, device=input_ids.device)
