@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from cumo.config import CuMoConfig
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.loading import HUB_OPTIONS
 from cumo.models.processor import CuMoProcessor
@@ -24,6 +25,8 @@ NOT_QUANTIZED = [
     "lm_head",
     r".*\.(gate|router|shared_expert_gate)(\..*)?$",
 ]
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations of transformers call it
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> Any:
@@ -83,6 +86,17 @@ def quantization_config(kind: str, compute_dtype: torch.dtype = torch.bfloat16) 
     )
 
 
+def _check_quantizable(name: str | os.PathLike[str], hub: dict[str, Any]) -> None:
+    """Raise for a language model whose experts are stacked tensors, of which bitsandbytes would quantise nothing."""
+    text_config = CuMoConfig.from_pretrained(name, **hub).text_config
+    experts = [field for field in EXPERT_COUNTS if (getattr(text_config, field, None) or 1) > 1]
+    if experts:
+        raise ValueError(
+            f"quantization: expected a language model of linear layers, got {text_config.model_type} with {experts[0]}="
+            f"{getattr(text_config, experts[0])}: bitsandbytes does not quantise stacked experts"
+        )
+
+
 def load(
     name: str | os.PathLike[str],
     *,
@@ -95,6 +109,7 @@ def load(
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and key != "force_download"}
     wanted, place = resolve_dtype(dtype), resolve_device(device)
     if quantization is not None:
+        _check_quantizable(name, hub)
         compute = torch.bfloat16 if wanted == "auto" else wanted
         options["quantization_config"] = quantization_config(quantization, compute)
         options.setdefault("device_map", {"": str(place)})
