@@ -3,5 +3,6 @@
 
 from cumo.inference.options import Completion, GenerationOptions
 from cumo.inference.pipeline import CuMoPipeline
+from cumo.inference.routing import PictureRouting, picture_routing
 
-__all__ = ["Completion", "CuMoPipeline", "GenerationOptions"]
+__all__ = ["Completion", "CuMoPipeline", "GenerationOptions", "PictureRouting", "picture_routing"]

@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -212,6 +213,10 @@ class CuMoPipeline:
                 logits_processor=LogitsProcessorList([RowSampler(rows, self._suppressed)]),
                 stopping_criteria=StoppingCriteriaList([RowStopping(rows, self._eos_ids)]),
             )
+
+    def exclusive(self) -> AbstractContextManager[Any]:
+        """Nothing else runs on the model within; for those who call its parts themselves."""
+        return self._lock
 
     def picture_embeddings(self, picture: Image.Image) -> Tensor:
         """[patches, LLM width] of an RGB picture, from the cache if it is there."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps of experts: against the routers themselves, patch by patch, and where each patch lies in the picture."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cumo.inference import CuMoPipeline, GenerationOptions, picture_routing
+from cumo.models.multiscale import resize, split_tiles
+from tests.inference.conftest import ask, picture
+from tests.models.tiny import tiny_model
+
+
+def test_maps_are_what_the_routers_said(pipeline):
+    routing = picture_routing(pipeline, picture())
+    config = pipeline.model.config.vision_config
+    assert [maps.scale for maps in routing.vision] == config.scales == [1, 3]
+    tower = pipeline.model.vision_tower
+    pixels = pipeline.pixels(picture())["pixel_values"]
+    for maps in routing.vision:
+        side = 4 * maps.scale
+        assert maps.experts.shape == maps.weights.shape == (config.num_used_layers, 2, side, side)
+        tiles = split_tiles(resize(pixels, 28 * maps.scale), maps.scale)
+        for row in range(maps.scale):
+            for column in range(maps.scale):
+                # the tile by itself, through the encoder alone
+                with torch.no_grad():
+                    _, alone = tower.encode(tiles[row * maps.scale + column][None])
+                for layer in range(config.num_used_layers):
+                    expected = alone[layer].expert_TK[1:].reshape(4, 4, 2)
+                    actual = maps.experts[layer, :, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4]
+                    assert torch.equal(actual.permute(1, 2, 0), expected)
+    torch.testing.assert_close(routing.vision[1].weights.sum(dim=1), torch.ones(2, 12, 12))
+    for maps in (*routing.vision, routing.connector):
+        torch.testing.assert_close(maps.load.sum(dim=1), torch.ones(len(maps.experts)))
+        share = (maps.experts[0] == 2).float().mean()
+        torch.testing.assert_close(maps.load[0, 2], share)
+    assert routing.connector.experts.shape == (1, 2, 4, 4)
+
+
+def test_the_connector_by_patch(pipeline):
+    maps = picture_routing(pipeline, picture()).connector
+    with torch.no_grad():
+        features = pipeline.model.vision_tower(**pipeline.pixels(picture())).features
+        _, routing = pipeline.model.connector(features)
+    for patch in (0, 3, 5, 15):
+        assert maps.experts[0, :, patch // 4, patch % 4].tolist() == routing.expert_TK[patch].tolist()
+        torch.testing.assert_close(maps.weights[0, :, patch // 4, patch % 4], routing.weight_TK[patch])
+
+
+def test_the_picture_is_the_square_that_the_encoder_saw(pipeline):
+    red = Image.new("RGB", (40, 20), (200, 30, 40))
+    seen = np.asarray(picture_routing(pipeline, red).picture)
+    assert seen.shape == (28, 28, 3)
+    assert np.abs(seen[14, 14].astype(int) - (200, 30, 40)).max() <= 1
+    mean = np.array(pipeline.processor.image_processor.image_mean) * 255
+    assert np.abs(seen[0, 14] - mean).max() <= 1.5  # padding above
+
+
+def test_embeddings_are_kept_for_the_question(pipeline):
+    pipeline.features.clear()
+    expected = pipeline.picture_embeddings(picture(7))
+    pipeline.features.clear()
+    picture_routing(pipeline, picture(7))
+    hits = pipeline.features.hits
+    assert torch.equal(pipeline.picture_embeddings(picture(7)), expected)
+    pipeline.generate([ask("What?", picture(7))], GenerationOptions(max_new_tokens=1))
+    assert pipeline.features.hits == hits + 2
+
+
+@pytest.mark.parametrize("high_resolution", [False, True])
+def test_dense_and_high_resolution_models(pipeline, high_resolution):
+    model = tiny_model(
+        text_type="mistral",
+        text={"vocab_size": 32000},
+        vision={"num_experts": 1, "num_experts_per_tok": 1, "high_resolution": high_resolution},
+        connector_num_experts=1,
+        connector_num_experts_per_tok=1,
+    )
+    processor = type(pipeline.processor)(
+        type(pipeline.processor.image_processor)(
+            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, do_pad=True
+        ),
+        pipeline.processor.tokenizer,
+        image_seq_length=9,
+        high_resolution_size=24 if high_resolution else None,
+    )
+    routing = picture_routing(CuMoPipeline(model, processor), picture())
+    assert routing.vision == ()
+    assert routing.connector is None
+    assert routing.picture.size == (12, 12)
