@@ -23,6 +23,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "chat": Command("cumo.inference.chat", "talk with a model about pictures, in the terminal"),
     "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
     "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
 }

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chat with a model in the terminal, about pictures or without.
+
+Ctrl-C stops an answer, or clears the line; Ctrl-D or /exit ends the chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from PIL import Image
+
+from cumo.inference.arguments import add_model_arguments, load_pipeline
+from cumo.inference.fetch import fetch
+from cumo.inference.options import GenerationOptions
+from cumo.inference.pipeline import CuMoPipeline
+from cumo.models.processor import to_rgb
+
+HELP = """\
+  /image PATH   look at a picture: a file, or an http(s) address, which is fetched only if you give one;
+                it goes with your next question, and several of them all do
+  /reset        forget the conversation and its pictures
+  /help         show this
+  /exit         leave; so does Ctrl-D
+Anything else is said to the model. Ctrl-C stops its answer."""
+MAX_DOWNLOAD = 64 << 20
+
+
+class Chat:
+    """A conversation that grows by turns.
+
+    Args:
+        pipeline: answers.
+        options: how to answer.
+        out: where answers and messages go.
+        system: system prompt; that of the chat template if None.
+    """
+
+    def __init__(
+        self, pipeline: CuMoPipeline, options: GenerationOptions, out: TextIO, system: str | None = None
+    ) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self._pipeline = pipeline
+        self._options = options
+        self._out = out
+        self._system = system
+        self._pictures: list[Image.Image] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said and shown."""
+        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self._pictures = []
+
+    def show(self, source: str) -> None:
+        """Take a picture into the next question.
+
+        Raises:
+            ValueError: it is no picture, or could not be fetched.
+            OSError: it cannot be read.
+        """
+        picture = open_picture(source)
+        self._pictures.append(picture)
+        self._say(f"[picture of {picture.width} x {picture.height} pixels: ask something about it]\n")
+
+    def handle(self, line: str) -> bool:
+        """Carry out what was typed; False if it ends the chat."""
+        line = line.strip()
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return False
+        if command == "/reset":
+            self.reset()
+            self._say("[forgotten]\n")
+        elif command == "/image" and argument.strip():
+            try:
+                self.show(argument.strip())
+            except (ValueError, OSError) as error:
+                self._say(f"[no picture: {error}]\n")
+        elif command == "/help":
+            self._say(f"{HELP}\n")
+        elif command.startswith("/") and command[1:].isalpha():
+            self._say(
+                f"[{'/image needs a path' if command == '/image' else 'unknown command ' + command}: see /help]\n"
+            )
+        elif line:
+            self._ask(line)
+        return True
+
+    def _ask(self, text: str) -> None:
+        parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in self._pictures]
+        question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        said: list[str] = []
+        try:
+            stream = self._pipeline.stream([*self.messages, question], self._options)
+        except ValueError as error:
+            self._say(f"[not asked: {error}; /reset begins anew]\n")
+            return
+        try:
+            for piece in stream:
+                said.append(piece)
+                self._say(printable(piece))
+        except KeyboardInterrupt:
+            stream.close()  # type: ignore[attr-defined]
+            self._say(" [stopped]")
+            if not said:
+                self._say("\n")
+                return  # as if it had not been asked
+        self._say("\n")
+        self.messages += [question, {"role": "assistant", "content": "".join(said)}]
+        self._pictures = []
+
+    def _say(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(character for character in text if character in "\n\t" or character.isprintable())
+
+
+def open_picture(source: str) -> Image.Image:
+    """A picture in RGB from a path or an http(s) address.
+
+    Raises:
+        ValueError: it is no picture, or could not be fetched.
+        OSError: it cannot be read.
+    """
+    if source.startswith(("http://", "https://")):
+        # asked for by the one who sits at this machine, who may also mean a machine nearby
+        content = fetch(source, max_bytes=MAX_DOWNLOAD, is_allowed=lambda _: True)
+        with Image.open(io.BytesIO(content)) as image:
+            return to_rgb(image)
+    with Image.open(os.path.expanduser(source.strip("'\""))) as image:
+        return to_rgb(image)
+
+
+def lines(stdin: TextIO) -> Iterator[str]:
+    """What is typed, line by line, with a prompt where somebody types; Ctrl-C clears the line."""
+    if not stdin.isatty():
+        yield from stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` its editing and history
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("  (Ctrl-D or /exit to leave)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    add_model_arguments(parser)
+    parser.add_argument("--image", action="append", default=[], help="picture to begin with: a path or an address")
+    parser.add_argument("--system", help="system prompt in place of the template's")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy answers (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to draw from")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="limit of an answer (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="to get the same answers again")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Chat until the end of the input."""
+    options = GenerationOptions(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    chat = Chat(load_pipeline(arguments), options, sys.stdout, arguments.system)
+    for source in arguments.image:
+        chat.show(source)
+    if sys.stdin.isatty():
+        print("/help shows the commands.")
+    for line in lines(sys.stdin):
+        if not chat.handle(line):
+            return
