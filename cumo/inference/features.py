@@ -6,9 +6,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
+
+
+class PreparedPicture(NamedTuple):
+    """A picture that has yet to be encoded, or its embeddings."""
+
+    key: bytes
+    embeddings: Tensor | None
+    """[patches, LLM width]; None if they were not in the cache."""
+    pixels: dict[str, Any]
+    """The encoder's input; empty if there are embeddings."""
 
 
 def picture_key(picture: Image.Image) -> bytes:
@@ -51,6 +62,11 @@ class FeatureCache:
                 self.hits += 1
                 self._entries.move_to_end(key)
             return found
+
+    def peek(self, key: bytes) -> Tensor | None:
+        """The tensor of a key, without counting as a use of it."""
+        with self._lock:
+            return self._entries.get(key)
 
     def put(self, key: bytes, tensor: Tensor) -> None:
         """Keep a tensor, unless it is larger than the limit by itself."""

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.configuration_utils import CompileConfig
 
 from cumo.inference.conversation import Conversation, PromptBuilder
-from cumo.inference.features import FeatureCache, picture_key
+from cumo.inference.features import FeatureCache, PreparedPicture, picture_key
 from cumo.inference.loading import load
 from cumo.inference.options import Completion, GenerationOptions
 from cumo.inference.rows import Row, RowSampler, RowStopping
@@ -175,14 +175,19 @@ class CuMoPipeline:
             worker.join()
 
     def prepare(
-        self, conversation: Conversation, options: GenerationOptions, on_text: Callable[[str], None] | None = None
+        self,
+        conversation: Conversation,
+        options: GenerationOptions,
+        on_text: Callable[[str], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> Row:
-        """A row for `run`: the conversation checked, its prompt in tokens, its pictures decoded.
+        """A row for `run`: the conversation checked, its prompt in tokens, its pictures ready for the encoder.
 
         Args:
             conversation: to answer.
             options: how.
             on_text: called with each piece of the answer, in the thread that runs.
+            on_end: called in that thread once the answer has ended, while others of its batch may go on.
 
         Raises:
             ValueError: the conversation is malformed or longer than the model takes.
@@ -194,7 +199,8 @@ class CuMoPipeline:
             raise ValueError(
                 f"messages: expected a prompt below the {self.max_tokens} tokens of the model, got {len(ids)}"
             )
-        row = Row(ids, [_picture(image) for image in prompt.images], options, self.processor.tokenizer, on_text)
+        pictures = [self.prepare_picture(image) for image in prompt.images]
+        row = Row(ids, pictures, options, self.processor.tokenizer, on_text, on_end)
         row.max_new_tokens = min(row.max_new_tokens, room)
         return row
 
@@ -218,27 +224,46 @@ class CuMoPipeline:
         """Nothing else runs on the model within; for those who call its parts themselves."""
         return self._lock
 
-    def picture_embeddings(self, picture: Image.Image) -> Tensor:
-        """[patches, LLM width] of an RGB picture, from the cache if it is there."""
+    def prepare_picture(self, image: Any) -> PreparedPicture:
+        """A picture as the encoder takes it, or its embeddings if they are there already.
+
+        Args:
+            image: a PIL image, the path of a file or a uint8 array.
+
+        Raises:
+            ValueError: it is nothing of that.
+        """
+        # a string is a path and never an address
+        if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
+            raise ValueError(f"image: expected a picture or the path of a file, got {str(image)[:200]!r}")
+        picture = to_rgb(image)
         key = picture_key(picture)
         found = self.features.get(key)
-        if found is None:
-            features = self.model.get_image_features(**self.pixels(picture))
-            assert features.embeddings is not None
-            found = features.embeddings[0]
-            self.features.put(key, found)
-        return found
+        return PreparedPicture(key, found, self.pixels(picture) if found is None else {})
 
     def pixels(self, picture: Image.Image) -> dict[str, Any]:
-        """What the vision encoder takes of a picture, in its dtype and on its device."""
-        weight: Any = self.model.vision_tower.get_input_embeddings().weight
+        """What the vision encoder takes of an RGB picture, on the CPU in float32."""
         batch = self.processor(images=[picture], return_tensors="pt")
-        pixels: dict[str, Any] = {"pixel_values": batch["pixel_values"].to(weight.device, weight.dtype)}
-        if "pixel_values_large" in batch:
-            pixels["pixel_values_large"] = [
-                large.to(weight.device, weight.dtype) for large in batch["pixel_values_large"]
-            ]
-        return pixels
+        return {name: batch[name] for name in ("pixel_values", "pixel_values_large") if name in batch}
+
+    def on_device(self, pixels: dict[str, Any]) -> dict[str, Any]:
+        """The same in the dtype and on the device of the encoder."""
+        weight: Any = self.model.vision_tower.get_input_embeddings().weight
+
+        def moved(value: Any) -> Any:
+            return [moved(each) for each in value] if isinstance(value, list) else value.to(weight.device, weight.dtype)
+
+        return {name: moved(value) for name, value in pixels.items()}
+
+    def picture_embeddings(self, picture: PreparedPicture) -> Tensor:
+        """[patches, LLM width], from the cache if they are there."""
+        found = picture.embeddings if picture.embeddings is not None else self.features.peek(picture.key)
+        if found is None:
+            features = self.model.get_image_features(**self.on_device(picture.pixels))
+            assert features.embeddings is not None
+            found = features.embeddings[0]
+            self.features.put(picture.key, found)
+        return found
 
     def _embed(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Embeddings [B, L, D] of the prompts and their mask [B, L], padded on the left."""
@@ -248,7 +273,7 @@ class CuMoPipeline:
         mask = torch.tensor([[0] * pad + [1] * len(row.prompt_ids) for pad, row in zip(padding, rows, strict=True)])
         table: Any = self.model.get_input_embeddings()
         device = table.weight.device
-        features = [self.picture_embeddings(picture) for row in rows for picture in row.images]
+        features = [self.picture_embeddings(picture) for row in rows for picture in row.pictures]
         stacked = torch.stack(features) if features else None
         return self.model.embed(ids.to(device), stacked), mask.to(device)
 
@@ -270,13 +295,6 @@ class CuMoPipeline:
             config.compile_config = CompileConfig(mode="default", dynamic=True)
             config.compile_config._compile_all_devices = True
         return config
-
-
-def _picture(image: Any) -> Image.Image:
-    """A picture in RGB; a string is a path and never an address."""
-    if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
-        raise ValueError(f"image: expected a picture or the path of a file, got {str(image)[:200]!r}")
-    return to_rgb(image)
 
 
 def _eos_ids(model: CuMoForConditionalGeneration, processor: CuMoProcessor) -> frozenset[int]:

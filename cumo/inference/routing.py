@@ -53,8 +53,9 @@ def picture_routing(pipeline: CuMoPipeline, picture: Image.Image) -> PictureRout
     """Encode an RGB picture and see where its patches go. Its embeddings are kept for the question that follows."""
     model = pipeline.model
     vision_config = model.config.vision_config
+    pixels = pipeline.pixels(picture)
     with pipeline.exclusive():
-        pixels = pipeline.pixels(picture)
+        pixels = pipeline.on_device(pixels)
         vision = model.vision_tower(**pixels)
         embeddings, connected = model.connector(vision.features)
         pipeline.features.put(picture_key(picture), embeddings[0])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+from cumo.inference.features import PreparedPicture
 from cumo.inference.options import Completion, FinishReason, GenerationOptions
 from cumo.inference.text_stream import TextStream
 
@@ -24,27 +25,30 @@ class Row:
 
     Args:
         prompt_ids: of the whole prompt.
-        images: pictures of the prompt, one for each placeholder run.
+        pictures: of the prompt, in order.
         options: how to answer.
         tokenizer: decodes.
         on_text: called with each piece of text, in the thread that generates.
+        on_end: called there once the answer has ended.
     """
 
     def __init__(
         self,
         prompt_ids: Sequence[int],
-        images: Sequence[Any],
+        pictures: Sequence[PreparedPicture],
         options: GenerationOptions,
         tokenizer: Any,
         on_text: Callable[[str], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
-        self.images = images
+        self.pictures = pictures
         self.options = options
         self.max_new_tokens = options.max_new_tokens
         self.tokens = 0
         self.finish_reason: FinishReason | None = None
         self._on_text = on_text
+        self._on_end = on_end
         self._stream = TextStream(tokenizer, options.stop)
         self._cancelled = threading.Event()
         self._draws = torch.Generator()
@@ -87,6 +91,8 @@ class Row:
             self._say(self._stream.finish())
         # what was held back may have completed a stop string
         self.finish_reason = "stop" if reason == "length" and self._stream.stopped else reason
+        if self._on_end is not None:
+            self._on_end()
 
     def _say(self, piece: str) -> None:
         if piece and self._on_text is not None:

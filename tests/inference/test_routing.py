@@ -60,11 +60,12 @@ def test_the_picture_is_the_square_that_the_encoder_saw(pipeline):
 
 def test_embeddings_are_kept_for_the_question(pipeline):
     pipeline.features.clear()
-    expected = pipeline.picture_embeddings(picture(7))
+    expected = pipeline.picture_embeddings(pipeline.prepare_picture(picture(7)))
     pipeline.features.clear()
     picture_routing(pipeline, picture(7))
+    assert len(pipeline.features) == 1
     hits = pipeline.features.hits
-    assert torch.equal(pipeline.picture_embeddings(picture(7)), expected)
+    assert torch.equal(pipeline.picture_embeddings(pipeline.prepare_picture(picture(7))), expected)
     pipeline.generate([ask("What?", picture(7))], GenerationOptions(max_new_tokens=1))
     assert pipeline.features.hits == hits + 2
 
