@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "chat": Command("cumo.inference.chat", "talk with a model about pictures, in the terminal"),
     "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
+    "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped"),
     "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
 }
 

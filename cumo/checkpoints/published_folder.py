@@ -38,7 +38,7 @@ class Published(NamedTuple):
     folder: Path
 
 
-class _Merged(Mapping[str, Tensor]):
+class Merged(Mapping[str, Tensor]):
     """`base`, with W + scale B A in place of each W that the adapter has A and B for, computed when asked for."""
 
     def __init__(self, base: Weights, adapter: Weights, pairs: Mapping[str, Mapping[str, str]], scale: float) -> None:
@@ -148,6 +148,15 @@ def _merge_lora(folder: Path, base: Path) -> Mapping[str, Tensor]:
     if file is None:
         raise ValueError(f"{folder}: expected {' or '.join(ADAPTER_FILES)} beside adapter_config.json, found neither")
     adapter = open_file(file)
+    return Merged(tensors, adapter, lora_pairs(file, adapter, tensors), lora_scale(folder / "adapter_config.json"))
+
+
+def lora_pairs(file: Path, adapter: Weights, tensors: Weights) -> dict[str, dict[str, str]]:
+    """Names of the A and the B in an adapter's file, for each weight in `tensors` that has them.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     pairs: dict[str, dict[str, str]] = {}
     for name in adapter:
         match = _LORA_KEY.fullmatch(_in_model(name))
@@ -157,7 +166,7 @@ def _merge_lora(folder: Path, base: Path) -> Mapping[str, Tensor]:
     faults = sorted(name for name, pair in pairs.items() if name not in tensors or len(pair) < 2)
     if faults:
         raise ValueError(f"{file}: expected an A and a B for weights of the model, got others for {faults}")
-    return _Merged(tensors, adapter, pairs, _lora_scale(folder / "adapter_config.json"))
+    return pairs
 
 
 def _in_model(name: str) -> str:
@@ -165,7 +174,7 @@ def _in_model(name: str) -> str:
     return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name
 
 
-def _lora_scale(path: Path) -> float:
+def lora_scale(path: Path) -> float:
     """The factor of B A (LoRA, arXiv 2106.09685, 4.1; rank-stabilised: arXiv 2312.03732)."""
     options = json.loads(path.read_text())
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):

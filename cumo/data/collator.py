@@ -27,11 +27,13 @@ class Collator:
     Args:
         pad_token_id: in the place of padding, which is masked.
         max_length: raise if a row of the batch is longer; None for no limit.
+        rows: give `rows` too, int64: the `row` of each sample, which is not for the model.
     """
 
-    def __init__(self, pad_token_id: int, max_length: int | None = None) -> None:
+    def __init__(self, pad_token_id: int, max_length: int | None = None, *, rows: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.max_length = max_length
+        self.rows = rows
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         """A batch of examples, of which all are packed or none.
@@ -61,4 +63,6 @@ class Collator:
         larger = [example["pixel_values_large"] for example in examples if "pixel_values_large" in example]
         if larger:
             batch["pixel_values_large"] = [torch.cat(larger)]
+        if self.rows:
+            batch["rows"] = torch.cat([example["row"] for example in examples])
         return batch

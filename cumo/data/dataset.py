@@ -59,7 +59,8 @@ class ConversationDataset(Dataset[Example]):
 
     An example has `input_ids` and `labels`, int64 [L], where each picture is `processor.image_seq_length` placeholders
     and what is not trained on has the label -100; with pictures also `pixel_values`, float32 [images, 3, H, H], and
-    `pixel_values_large`, [images, 3, s H, s H], if the processor has a `high_resolution_size`.
+    `pixel_values_large`, [images, 3, s H, s H], if the processor has a `high_resolution_size`. Of its `row`, int64 [1],
+    `place` says where it is from, also where a good sample stands in for a bad one.
 
     All rows are parsed once to find where they lie; what is wrong with their structure is found then. Pictures, and
     what else takes time, are looked at when a sample is asked for; `check_data` looks at everything.
@@ -172,6 +173,7 @@ class ConversationDataset(Dataset[Example]):
             example = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
             if sample.images:
                 example.update(self._pixels(sample, self.sources[number].folder))
+            example["row"] = torch.tensor([row])
         except (ValueError, OSError) as error:
             raise self.bad(index, str(error)) from error
         return example
@@ -235,6 +237,10 @@ class ConversationDataset(Dataset[Example]):
         number, local = self._locate(row)
         index = self.indices[number]
         return Fault(str(index.path), int(index.lines[local]), local + 1, index.sample_id(local), reason)
+
+    def place(self, row: int) -> str:
+        """Where the sample of an example's `row` is from: file, line and id."""
+        return str(self.fault(row, "")).removesuffix(": ")
 
     def _skip(self, row: int, reason: object) -> None:
         if not self._bad[row]:

@@ -173,6 +173,10 @@ class PackedDataset(Dataset[Example]):
         """Of the dataset."""
         return self.dataset.skipped
 
+    def place(self, row: int) -> str:
+        """Of the dataset: an example has the `row` of each sample."""
+        return self.dataset.place(row)
+
 
 class _Counts(Dataset[tuple[int, Any]]):
     """Tokens of each sample, or why it is bad."""
