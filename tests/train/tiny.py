@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.data.samples import Files, byte_tokenizer, llava
@@ -40,12 +45,12 @@ def write_data(folder: Path, samples: int = 24, text_only: int = 3) -> str:
     return files.json(rows).path
 
 
-def recipe_of(folder: Path, model: Any, data: str, **changes: Any) -> dict[str, Any]:
+def recipe_of(folder: Path, model: Any, path: str, **changes: Any) -> dict[str, Any]:
     """A recipe as a dictionary: float32, everything trains, four steps of four samples."""
     recipe: dict[str, Any] = {
         "stage": "finetune",
         "model": model,
-        "data": {"path": data, "max_length": 400, "workers": 0, **changes.pop("data", {})},
+        "data": {"path": path, "max_length": 400, "workers": 0, **changes.pop("data", {})},
         "output_dir": str(folder),
         "optimizer": {"lr": 1e-3, **changes.pop("optimizer", {})},
         "batch": {"global_batch_size": 4, "per_device_batch_size": 4, **changes.pop("batch", {})},
@@ -55,3 +60,24 @@ def recipe_of(folder: Path, model: Any, data: str, **changes: Any) -> dict[str, 
         "checkpoint": {"save_steps": 100, **changes.pop("checkpoint", {})},
     }
     return {**recipe, **changes}
+
+
+def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
+    """A recipe as a YAML file."""
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def train_in_processes(recipe: Path, count: int = 2) -> None:
+    """`cumo train` under torchrun, on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "-m", "cumo", "train", str(recipe)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
