@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": Command("cumo.inference.chat", "talk with a model about pictures, in the terminal"),
     "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
     "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped"),
+    "serve": Command("cumo.serve.command", "serve a model: OpenAI's chat API, and a page to try it"),
     "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
 }
 

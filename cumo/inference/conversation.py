@@ -13,6 +13,8 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from PIL import Image
 
+from cumo.inference.features import PreparedPicture
+
 Conversation = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
 # Written by the published template as ordinary text, which the models know as control sequences all the same.
@@ -60,7 +62,7 @@ def _check_content(name: str, content: Any, role: str) -> None:
         if kind == "image":
             if role != "user":
                 raise ValueError(f"{name}[{index}]: expected pictures in messages of the user only, got one of {role}")
-            if isinstance(part.get("image"), (Image.Image, str, os.PathLike, np.ndarray)):
+            if isinstance(part.get("image"), (Image.Image, str, os.PathLike, np.ndarray, PreparedPicture)):
                 continue
         raise ValueError(
             f"{name}[{index}]: expected a part of type text (with text) or image (with image), got {_shown(part)}"

@@ -30,9 +30,10 @@ DEFAULT_CACHE_BYTES = 256 << 20
 class CuMoPipeline:
     """Answers conversations.
 
-    A conversation is a list of messages {"role": "system", "user" or "assistant", "content": ...}; content is a string
-    or a list of parts {"type": "text", "text": ...} and {"type": "image", "image": a PIL image, a path or a uint8
-    array}. Text that would read as a control token is made ordinary text; see `PromptBuilder`.
+    A conversation is a list of messages {"role": "system", "user" or "assistant", "content": ...}. Content is a string,
+    or a list of parts {"type": "text", "text": ...} and {"type": "image", "image": ...}: a PIL image, a path, a uint8
+    array or what `prepare_picture` returned. Text that would read as a control token is made ordinary text; see
+    `PromptBuilder`.
 
     Greedy answers do not depend on the batch they are in, on streaming or on cached features, up to the rounding of
     the model's dtype. Pictures are encoded one by one (each is many tiles, which fill a GPU), so that their features do
@@ -228,11 +229,13 @@ class CuMoPipeline:
         """A picture as the encoder takes it, or its embeddings if they are there already.
 
         Args:
-            image: a PIL image, the path of a file or a uint8 array.
+            image: a PIL image, the path of a file, a uint8 array, or what this returned.
 
         Raises:
             ValueError: it is nothing of that.
         """
+        if isinstance(image, PreparedPicture):
+            return image
         # a string is a path and never an address
         if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
             raise ValueError(f"image: expected a picture or the path of a file, got {str(image)[:200]!r}")

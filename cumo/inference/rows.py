@@ -51,12 +51,22 @@ class Row:
         self._on_end = on_end
         self._stream = TextStream(tokenizer, options.stop)
         self._cancelled = threading.Event()
+        self._seed = secrets.randbits(63) if options.seed is None else options.seed
         self._draws = torch.Generator()
-        self._draws.manual_seed(secrets.randbits(63) if options.seed is None else options.seed)
+        self.restart()
 
     def cancel(self) -> None:
         """End the answer at the next token; from any thread."""
         self._cancelled.set()
+
+    def restart(self) -> None:
+        """Begin the draws anew, for a row that has not got a token."""
+        assert self.tokens == 0
+        self._draws.manual_seed(self._seed)
+
+    def end_cancelled(self) -> None:
+        """End a row that was cancelled before it ran."""
+        self._finish("cancelled")
 
     @property
     def is_cancelled(self) -> bool:

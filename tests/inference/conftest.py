@@ -1,44 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny random model with the tokenizer of Mistral, as a folder and as a pipeline."""
+"""A tiny random model as a folder and as a pipeline."""
 
-from importlib.util import find_spec
-from pathlib import Path
-
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from cumo import CuMoConfig, CuMoForConditionalGeneration, CuMoProcessor
 from cumo.inference import CuMoPipeline
-from cumo.models.processor import clip_image_processor
-from cumo.models.tokenizer import mistral_tokenizer
-
-
-def tokenizer_model() -> Path:
-    """The tokenizer.model of Mistral, which comes with mistral_common."""
-    spec = find_spec("mistral_common")
-    if spec is None or spec.origin is None:
-        pytest.skip("the tokenizer.model of Mistral comes with mistral_common, which is not installed")
-    return Path(spec.origin).parent / "data" / "tokenizer.model.v1"
+from tests.inference.tiny import save_model
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A checkpoint with its processor."""
-    torch.manual_seed(0)
-    config = CuMoConfig.from_preset("tiny")
-    config.text_config.initializer_range = 0.5  # logits far apart, so that rounding cannot change which is the largest
-    model = CuMoForConditionalGeneration(config)
-    vision = config.vision_config
-    processor = CuMoProcessor(
-        clip_image_processor(vision.encoder_config.image_size),
-        mistral_tokenizer(tokenizer_model()),
-        image_seq_length=vision.num_patches,
-    )
     path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
+    save_model(path)
     return path
 
 
@@ -46,18 +19,3 @@ def folder(tmp_path_factory):
 def pipeline(folder):
     """Loaded from the folder."""
     return CuMoPipeline.from_pretrained(folder, device="cpu")
-
-
-def picture(seed: int = 0, height: int = 20, width: int = 30) -> Image.Image:
-    """A picture of noise, the same for the same seed."""
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
-def ask(*parts, system=None):
-    """A conversation of one question: strings, and pictures."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts
-    ]
-    messages = [{"role": "user", "content": content}]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]

@@ -15,7 +15,7 @@ import pytest
 
 from cumo.inference import GenerationOptions
 from cumo.inference.chat import Chat, printable
-from tests.inference.conftest import picture
+from tests.inference.tiny import picture
 
 OPTIONS = GenerationOptions(max_new_tokens=8)
 

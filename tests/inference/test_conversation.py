@@ -5,7 +5,7 @@ import pytest
 
 from cumo.inference import GenerationOptions
 from cumo.inference.conversation import PromptBuilder, check_conversation
-from tests.inference.conftest import ask, picture
+from tests.inference.tiny import ask, picture
 
 USER = {"role": "user", "content": "a"}
 

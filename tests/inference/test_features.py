@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cumo.inference.features import FeatureCache, picture_key
-from tests.inference.conftest import picture
+from tests.inference.tiny import picture
 
 
 def test_the_least_recently_used_go_first():

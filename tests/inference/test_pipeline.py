@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cumo.inference import CuMoPipeline, GenerationOptions
-from tests.inference.conftest import ask, picture
+from tests.inference.tiny import ask, picture
 
 GREEDY = GenerationOptions(max_new_tokens=16)
 CONVERSATIONS = [

@@ -9,7 +9,7 @@ import torch
 from cumo import CuMoConfig, CuMoForConditionalGeneration
 from cumo.inference import CuMoPipeline, GenerationOptions
 from cumo.inference.loading import NOT_QUANTIZED, quantization_config
-from tests.inference.conftest import ask, picture
+from tests.inference.tiny import ask, picture
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")

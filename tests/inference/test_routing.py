@@ -8,7 +8,7 @@ from PIL import Image
 
 from cumo.inference import CuMoPipeline, GenerationOptions, picture_routing
 from cumo.models.multiscale import resize, split_tiles
-from tests.inference.conftest import ask, picture
+from tests.inference.tiny import ask, picture
 from tests.models.tiny import tiny_model
 
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`POST /cumo/routing`: where the patches of a picture went, for the page and for whoever wants to look."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from concurrent.futures import Executor
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from cumo.inference.pipeline import CuMoPipeline
+from cumo.inference.routing import ExpertMaps, PictureRouting, picture_routing
+from cumo.serve.errors import ApiError, sentence
+from cumo.serve.http import Slots, parse_json, read_body, unless_gone
+from cumo.serve.images import ImageReader
+from cumo.serve.limits import Limits
+from cumo.serve.scheduler import Scheduler
+from cumo.serve.schemas import RoutingRequest
+
+
+def encoded(maps: ExpertMaps) -> dict[str, Any]:
+    """Maps as JSON; grids are base64 of bytes in the order layer, choice, row, column."""
+    layers, choices, height, width = maps.experts.shape
+    weights = (maps.weights * 255).round().clamp(0, 255)
+    return {
+        "scale": maps.scale,
+        "num_experts": maps.num_experts,
+        "layers": layers,
+        "choices": choices,
+        "height": height,
+        "width": width,
+        "experts": _base64(maps.experts),
+        "weights": _base64(weights),
+        "load": [[round(share, 5) for share in layer] for layer in maps.load.tolist()],
+    }
+
+
+def _base64(values: torch.Tensor) -> str:
+    return base64.b64encode(values.to(torch.uint8).contiguous().numpy().tobytes()).decode()
+
+
+def _png(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def response(routing: PictureRouting) -> dict[str, Any]:
+    """The body of the response."""
+    return {
+        "object": "cumo.routing",
+        "picture": _png(routing.picture),
+        "vision": [encoded(maps) for maps in routing.vision],
+        "connector": None if routing.connector is None else encoded(routing.connector),
+    }
+
+
+class RoutingMaps:
+    """The endpoint.
+
+    Args:
+        pipeline: encodes.
+        scheduler: whose thread encodes.
+        reader: of pictures.
+        limits: of a request.
+        slots: places for requests.
+        pool: threads for decoding.
+    """
+
+    def __init__(
+        self,
+        pipeline: CuMoPipeline,
+        scheduler: Scheduler,
+        reader: ImageReader,
+        limits: Limits,
+        slots: Slots,
+        pool: Executor,
+    ) -> None:
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._reader = reader
+        self._limits = limits
+        self._slots = slots
+        self._pool = pool
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request.
+
+        Raises:
+            ApiError: it cannot be answered.
+            ClientGoneError: the client hung up.
+        """
+        ticket = self._slots.take()
+        try:
+            body = await read_body(request, self._limits)
+            return JSONResponse(await unless_gone(self._answer(body), request.receive))
+        finally:
+            ticket.release()
+
+    async def _answer(self, body: bytes) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        picture = await loop.run_in_executor(self._pool, self._picture, body)
+        routing = await asyncio.wrap_future(self._scheduler.call(lambda: picture_routing(self._pipeline, picture)))
+        return await loop.run_in_executor(self._pool, response, routing)
+
+    def _picture(self, body: bytes) -> Image.Image:
+        try:
+            request = RoutingRequest.model_validate(parse_json(body))
+        except ValidationError as error:
+            raise ApiError(400, sentence(error)) from error
+        return self._reader.read(request.image, "image")

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests of OpenAI's chat API, as far as this server answers them.
+
+What would change an answer and is not supported is refused rather than ignored, unless it asks for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Fields of OpenAI's API that change nothing here.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+# Fields that would change an answer, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(_Model):
+    """Text of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Model):
+    """Where a picture is."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+    """Accepted, and the same for all: every picture is encoded at every scale of the model."""
+
+
+class ImagePart(_Model):
+    """Picture of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(_Model):
+    """What somebody said."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _content_kind(cls, value: Any) -> Any:
+        if not isinstance(value, (str, list)):
+            raise ValueError("expected a string or a list of parts")
+        return value
+
+
+class StreamOptions(_Model):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(_Model):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=-(2**63) + 1, le=2**63 - 1)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object with messages")
+        for name, neutral in NEUTRAL.items():
+            given = value.get(name)
+            if given is not None and given not in neutral:
+                raise ValueError(f"{name}: this server does not support it; expected it to be left out")
+        return {key: item for key, item in value.items() if key not in IGNORED and key not in NEUTRAL}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_kind(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if stops is not None and not (
+            isinstance(stops, list) and len(stops) <= 4 and all(isinstance(each, str) and each for each in stops)
+        ):
+            raise ValueError("expected a string or up to 4 strings, none of them empty")
+        return stops
+
+    @property
+    def token_limit(self) -> int | None:
+        """Of the answer, under either of its names."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class RoutingRequest(_Model):
+    """`POST /cumo/routing`."""
+
+    image: str
+    """Data URL of a picture."""
