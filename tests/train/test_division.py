@@ -34,7 +34,9 @@ def assert_same_steps(log, expected):
 
 def test_the_steps_are_such_that_a_wrong_division_would_show(whole, sparse, data):
     assert len({line["loss"] for line in whole}) == 4
-    dataset = load_dataset(Recipe.from_dict(recipe_of(Path("unused"), sparse, data)), CuMoProcessor.from_pretrained(sparse))
+    dataset = load_dataset(
+        Recipe.from_dict(recipe_of(Path("unused"), sparse, data)), CuMoProcessor.from_pretrained(sparse)
+    )
     order = list(stream_of(dataset, 4, 4, grouped=False, seed=42))
     for begin in range(0, 16, 4):
         examples = [dataset[index] for index in order[begin : begin + 4]]
