@@ -57,7 +57,7 @@ def sentence(error: ValidationError) -> str:
     for step in first["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step.isidentifier() and not step.startswith("function-"):
+        elif step.isidentifier():  # the others are tags of a union
             path += f".{step}" if path else step
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":

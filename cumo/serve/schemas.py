@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 # Fields of OpenAI's API that change nothing here.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
@@ -30,17 +30,28 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _in_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("expected Unicode, without halves of characters") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_in_unicode)]
+
+
 class TextPart(_Model):
     """Text of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(_Model):
     """Where a picture is."""
 
-    url: str
+    url: Text
     detail: Literal["auto", "low", "high"] = "auto"
     """Accepted, and the same for all: every picture is encoded at every scale of the model."""
 
@@ -52,22 +63,38 @@ class ImagePart(_Model):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+# Tags are no identifiers, so that errors can leave them out of the path of a field.
+def _part_tag(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+def _content_tag(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<string>"
+    return "<list>" if isinstance(value, list) and value else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(
+        _part_tag, custom_error_type="part", custom_error_message="expected a part of type text or image_url"
+    ),
+]
+Content = Annotated[
+    Annotated[Text, Tag("<string>")] | Annotated[list[Part], Tag("<list>")],
+    Discriminator(
+        _content_tag, custom_error_type="content", custom_error_message="expected a string or a list of parts"
+    ),
+]
 
 
 class Message(_Model):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _content_kind(cls, value: Any) -> Any:
-        if not isinstance(value, (str, list)):
-            raise ValueError("expected a string or a list of parts")
-        return value
 
 
 class StreamOptions(_Model):
@@ -88,7 +115,8 @@ class ChatRequest(_Model):
     top_p: float | None = Field(default=None, gt=0, le=1)
     n: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63) + 1, le=2**63 - 1)
-    stop: str | list[str] | None = None
+    stop: list[Text] | None = None
+    """A string by itself becomes a list."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
