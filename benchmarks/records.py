@@ -96,7 +96,7 @@ class Writer:
 
     def _free(self, columns: list[str]) -> Path:
         path, number = self._wanted, 1
-        while path.exists() and next(csv.reader(path.open()), None) != columns:
+        while path.exists() and path.read_text().splitlines()[:1] != [",".join(columns)]:
             number += 1
             path = self._wanted.with_name(f"{self._wanted.stem}-{number}{self._wanted.suffix}")
         return path
