@@ -63,14 +63,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(pipeline, limits=None, **options):
+def serving(pipeline, limits=None, uvicorn_options=None, **options):
     """A server in a thread."""
     limits = limits or Limits()
     options.setdefault("allowed_hosts", allowed_hosts("127.0.0.1", []))
     app = create_app(pipeline, limits=limits, **options)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", **server_options(limits))
+        settings = server_options(limits) | (uvicorn_options or {})
+        config = uvicorn.Config(app, **{"log_level": "warning", "access_log": False, "ws": "none"} | settings)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
