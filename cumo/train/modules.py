@@ -14,6 +14,7 @@ from cumo.train.recipe import Train
 
 PARTS = ("vision", "connector", "text", "routers")
 _PREFIXES = {"vision_tower.": "vision", "connector.": "connector", "language_model.": "text"}
+_WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # `gate` is the router's name in MoEMLP and in the MoE layers of transformers, whose dense layers have a `gate_proj`
 _ROUTER = re.compile(r"(^|\.)(gate|router)\.(weight|bias|e_score_correction_bias)$")
 
@@ -101,9 +102,7 @@ def groups_of(
 
 def clean(name: str) -> str:
     """A parameter's name without what wrappers put in."""
-    for wrapper in ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(step for step in name.split(".") if step not in _WRAPPERS)
 
 
 def summary(model: nn.Module) -> Iterator[tuple[str, int, int]]:

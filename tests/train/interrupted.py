@@ -27,7 +27,7 @@ def die() -> None:
 class DieAfterStep(TrainerCallback):
     """Between two checkpoints."""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Die after a step that no checkpoint follows."""
         if state.global_step == STEP - 1:
             die()
@@ -47,7 +47,7 @@ def die_within(owner: Any, name: str, when: Any, half: Any = None) -> None:
     setattr(owner, name, interrupted)
 
 
-def half_a_file(value: Any, path: Any) -> None:
+def half_a_file(_value: Any, path: Any) -> None:
     """What is there when writing is cut off."""
     Path(path).write_bytes(b"x" * 1000)
 
@@ -68,11 +68,11 @@ def interrupt(place: str) -> None:
 
         stage._set_callbacks = with_death
     elif place == "optimizer":
-        die_within(torch, "save", lambda value, path, **_: of_step(path) and "optimizer" in str(path), half_a_file)
+        die_within(torch, "save", lambda _value, path, **_: of_step(path) and "optimizer" in str(path), half_a_file)
     elif place == "manifest":
-        die_within(checkpoints, "publish", lambda aside, folder, step: step == STEP)
+        die_within(checkpoints, "publish", lambda _aside, _folder, step: step == STEP)
     elif place == "renamed":
-        die_within(checkpoints, "rotate", lambda folder, limit: (folder / f"checkpoint-{STEP}").exists())
+        die_within(checkpoints, "rotate", lambda folder, _limit: (folder / f"checkpoint-{STEP}").exists())
     elif place == "removed":
         die_within(
             checkpoints.shutil,

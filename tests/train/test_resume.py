@@ -138,7 +138,7 @@ def test_going_on_with_workers_and_in_other_passes_sees_the_same_samples(uninter
     for line, other in zip(log[3:], expected[3:], strict=True):
         assert line["lm_loss"] != other["lm_loss"], "dropout is drawn anew"
         assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=0.1)
-        assert line.get("connector_z") == pytest.approx(other.get("connector_z"), rel=0.02)
+        assert line.get("connector_z", 0.0) == pytest.approx(other.get("connector_z", 0.0), rel=0.02)
 
 
 def test_a_log_line_cut_off_is_no_obstacle(uninterrupted, model, data, tmp_path):
