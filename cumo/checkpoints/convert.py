@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cumo.checkpoints.files import MAX_SHARD_BYTES, open_folder, write_json, write_shards, written_aside
+from cumo.checkpoints.lora import is_adapter, open_adapter
 from cumo.checkpoints.published import native_tensors, published_tensors
 from cumo.checkpoints.published_config import CLIP_NAME, is_published, published_fields
 from cumo.checkpoints.published_folder import open_published, read_config
@@ -45,6 +46,9 @@ def open_checkpoint(
     """
     raw = read_config(folder)
     config = CuMoConfig.from_pretrained(folder) if config is None else config
+    if is_adapter(folder):
+        merged = open_adapter(folder, base)
+        return config, ((name, merged[name]) for name in merged)
     if is_published(raw):
         return config, native_tensors(open_published(folder, base).tensors)
     if raw.get("model_type") != CuMoConfig.model_type:
@@ -153,7 +157,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `cumo convert`."""
     parser.add_argument("source", type=Path, help="folder of a checkpoint")
     parser.add_argument("target", type=Path, help="folder to write, which must not exist yet")
-    parser.add_argument("--to", choices=(NATIVE, PUBLISHED), required=True, help="layout of the target")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=(NATIVE, PUBLISHED), help="layout of the target")
+    what.add_argument("--merge-lora", action="store_true", help="an adapter and its base into one model of our layout")
     parser.add_argument("--base", type=Path, help="model that a LoRA adapter or a first stage builds on")
     parser.add_argument(
         "--max-shard-gb", type=float, default=MAX_SHARD_BYTES / 1e9, help="size of a shard, and about the memory needed"
@@ -163,6 +169,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """`cumo convert`."""
     size = int(arguments.max_shard_gb * 1e9)
+    if arguments.merge_lora:
+        if not (arguments.source / "adapter_config.json").is_file():
+            raise ValueError(
+                f"source: expected a folder with adapter_config.json for --merge-lora, got {arguments.source}"
+            )
+        arguments.to = NATIVE
     if arguments.to == NATIVE:
         convert_to_native(arguments.source, arguments.target, arguments.base, size)
     else:

@@ -12,11 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+from cumo.checkpoints.lora import is_adapter, open_adapter
 from cumo.checkpoints.published import native_name
 from cumo.checkpoints.published_config import is_published
 from cumo.checkpoints.published_folder import open_published
 from cumo.config import CuMoConfig
 
+ADAPTER = "adapter"
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What of a repository a model is made of
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
@@ -57,9 +59,10 @@ class LoadsBothLayouts(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or name on the hub, of this package's layout or the published one:
-                whole models, first stages (`clip.bin`, `mm_projector.bin`), LoRA adapters.
+                whole models, first stages (`clip.bin`, `mm_projector.bin`), LoRA adapters (merged while loading).
             config: in place of that of the folder.
-            model_base: the model that a published adapter or first stage builds on.
+            model_base: the model that a published adapter or first stage builds on; for an adapter of this package, in
+                place of the one that it names.
             output_loading_info: return also the names that did not fit, rather than raise.
 
         Raises:
@@ -72,10 +75,16 @@ class LoadsBothLayouts(PreTrainedModel):
         if name is not None:
             hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
             raw, _ = CuMoConfig.get_config_dict(name, **hub)
+            folder = Path(name)
             if is_published(raw):
                 layout = raw["model_type"]
                 folder = _local(name, hub)
                 config, options = _published_arguments(folder, config, model_base)
+            elif is_adapter(folder):
+                layout = ADAPTER
+                config = CuMoConfig.from_pretrained(folder) if config is None else config
+                options = {"state_dict": dict(open_adapter(folder, None if model_base is None else Path(model_base)))}
+            if options:
                 kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
                 name = None
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)

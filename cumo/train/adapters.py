@@ -60,10 +60,10 @@ def add_adapters(model: Any, lora: Lora, base: str) -> None:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=rf"language_model\..*\.({'|'.join(names)})",
-            base_model_name_or_path=base,
         ),
         adapter_name=NAME,
     )
+    model.peft_config[NAME].base_model_name_or_path = base
 
 
 def _linear_layers(model: Any) -> set[str]:
@@ -88,6 +88,8 @@ def save(folder: Path, model: Any, tensors: dict[str, Tensor] | None = None) -> 
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     write_adapter(folder, {name: state[name] for name in state if name in trains}, model.peft_config[NAME])
     model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def load(folder: Path, model: Any) -> None:

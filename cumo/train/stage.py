@@ -18,7 +18,11 @@ from torch import distributed
 from transformers import set_seed
 
 from cumo.checkpoints.assemble import assemble_checkpoint, assemble_processor, write_model
+from cumo.checkpoints.convert import convert_to_native
 from cumo.checkpoints.files import written_aside
+from cumo.checkpoints.lora import is_adapter
+from cumo.checkpoints.published_config import is_published
+from cumo.checkpoints.published_folder import read_config
 from cumo.checkpoints.upcycle import upcycle_checkpoint
 from cumo.data import Collator, ConversationDataset, DataReport, DataSource, PackedDataset, check_data, read_sources
 from cumo.models.cumo import CuMoForConditionalGeneration
@@ -131,10 +135,13 @@ def prepare_start(recipe: Recipe) -> Path:
                 seed=model.seed,
             )
         model = str(dense)
-    if recipe.upcycle is None:
-        return Path(model)
-    upcycle_checkpoint(Path(model), folder, recipe.upcycle, base)
-    return folder
+    if recipe.upcycle is not None:
+        upcycle_checkpoint(Path(model), folder, recipe.upcycle, base)
+        return folder
+    if recipe.lora is not None and (is_adapter(Path(model)) or is_published(read_config(Path(model)))):
+        convert_to_native(Path(model), folder, base)  # what the adapters will name as their base
+        return folder
+    return Path(model)
 
 
 def sources_of(recipe: Recipe) -> list[DataSource]:
