@@ -133,7 +133,9 @@ class Answer:
         left = len(self.rows)
         while left:
             try:
-                happened = await asyncio.wait_for(self.events.get(), KEEP_ALIVE_SECONDS)
+                # not `wait_for`, which in Python 3.11 loses a cancellation that comes together with an event
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                    happened = await self.events.get()
             except TimeoutError:
                 yield b": the answer is waiting for its turn\n\n"
                 continue
