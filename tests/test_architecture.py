@@ -28,7 +28,14 @@ LAYERS = (
     ("cumo_kernels.kernels", "cumo_kernels.reference"),
     ("cumo_kernels.ops", "cumo_kernels.inspect*", "cumo_kernels.tune*"),
     # reading the published layout: pure functions of names, tensors and files, which configuration and models use
-    ("cumo.config", "cumo.auto", "cumo.checkpoints.files", "cumo.checkpoints.layout", "cumo.checkpoints.published*"),
+    (
+        "cumo.config",
+        "cumo.auto",
+        "cumo.checkpoints.files",
+        "cumo.checkpoints.layout",
+        "cumo.checkpoints.lora",
+        "cumo.checkpoints.published*",
+    ),
     ("cumo.nn",),
     ("cumo.models",),
     ("cumo.checkpoints", "cumo.data"),
