@@ -195,9 +195,12 @@ def test_qlora(sparse, data, tmp_path):
     result = run_stage(recipe)
     assert is_adapter(result.folder) and result.steps == 4
     model = load_model(recipe, Path(sparse))
-    kinds = {name.split(".")[0]: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(
-        module).__name__}  # fmt: skip
-    assert kinds["language_model"] == "Linear4bit" and "Linear4bit" not in (kinds["vision_tower"], kinds["connector"])
+    quantised = {name for name, parameter in model.named_parameters() if type(parameter).__name__ == "Params4bit"}
+    assert quantised == {name for name, _ in model.named_parameters() if name.endswith(".base_layer.weight")}
+    for name, parameter in model.named_parameters():
+        if name.startswith(("connector.", "vision_tower.")):
+            expected = torch.float32 if parameter.requires_grad else torch.bfloat16
+            assert parameter.dtype == expected, name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
