@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(command.module)
     own = argparse.ArgumentParser(prog=f"cumo {name}", description=module.__doc__ and module.__doc__.split("\n\n")[0])
     module.add_arguments(own)
-    arguments = own.parse_args(argv[1:])
+    arguments = own.parse_intermixed_args(argv[1:])  # options may stand between key=value
     try:
         module.run(arguments)
     except (ValueError, OSError) as error:

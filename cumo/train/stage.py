@@ -24,7 +24,17 @@ from cumo.checkpoints.lora import is_adapter
 from cumo.checkpoints.published_config import is_published
 from cumo.checkpoints.published_folder import read_config
 from cumo.checkpoints.upcycle import upcycle_checkpoint
-from cumo.data import Collator, ConversationDataset, DataReport, DataSource, PackedDataset, check_data, read_sources
+from cumo.config import CuMoConfig
+from cumo.data import (
+    BadSampleError,
+    Collator,
+    ConversationDataset,
+    DataReport,
+    DataSource,
+    PackedDataset,
+    check_data,
+    read_sources,
+)
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
 from cumo.train import adapters, checkpoints
@@ -111,6 +121,8 @@ def run_stage(recipe: Recipe) -> StageResult:
         (recipe.folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     _wait_for_all()
     seconds = _train(trainer, recipe, first)
+    if dataset.skipped:
+        logger.warning("%d samples were left out: %s", len(dataset.skipped), ", ".join(dataset.skipped))
     _save_final(trainer, recipe, seconds)
     return _result_of(recipe)
 
@@ -134,14 +146,17 @@ def prepare_start(recipe: Recipe) -> Path:
                 keep_unused_layers=model.keep_unused_layers,
                 seed=model.seed,
             )
-        model = str(dense)
+        source = dense
+    else:
+        source = Path(model)
+    published = is_published(read_config(source))
     if recipe.upcycle is not None:
-        upcycle_checkpoint(Path(model), folder, recipe.upcycle, base)
+        upcycle_checkpoint(source, folder, recipe.upcycle, base)
         return folder
-    if recipe.lora is not None and (is_adapter(Path(model)) or is_published(read_config(Path(model)))):
-        convert_to_native(Path(model), folder, base)  # what the adapters will name as their base
+    if recipe.lora is not None and (published or is_adapter(source)):
+        convert_to_native(source, folder, base)  # what the adapters will name as their base
         return folder
-    return Path(model)
+    return source
 
 
 def sources_of(recipe: Recipe) -> list[DataSource]:
@@ -201,12 +216,19 @@ def processor_of(recipe: Recipe) -> Any:
             Path(recipe.model.text),
             largest_scale=recipe.model.scales[-1] if recipe.model.high_resolution else None,
         )
+    read_config(Path(recipe.model))
     return CuMoProcessor.from_pretrained(recipe.model)
 
 
 def load_model(recipe: Recipe, start: Path) -> Any:
     """The model, with the recipe's losses, and with frozen what it freezes."""
     lora, compute = recipe.lora, DTYPES[recipe.precision]
+    if lora is not None and lora.bits is not None:
+        experts = getattr(CuMoConfig.from_pretrained(start).text_config, "num_local_experts", None)
+        if experts:
+            raise ValueError(
+                f"lora.bits: expected null for a language model of {experts} experts, which stay as they are"
+            )
     quantization = None if lora is None else adapters.quantization(lora, compute)
     options = {} if quantization is None else {"quantization_config": quantization}
     if recipe.model_base is not None:
@@ -245,11 +267,15 @@ def _train(trainer: CuMoTrainer, recipe: Recipe, first: bool) -> float:
     if first:
         before = _cut_log(recipe.folder / "log.jsonl", 0 if checkpoint is None else checkpoints.step_of(checkpoint))
     trainer.seconds_before, trainer.began = before, time.perf_counter()
-    if checkpoint is None:
-        trainer.train()
-    else:
-        logger.info("going on from %s", checkpoint)
-        trainer.resume(checkpoint)
+    try:
+        if checkpoint is None:
+            trainer.train()
+        else:
+            logger.info("going on from %s", checkpoint)
+            trainer.resume(checkpoint)
+    except BadSampleError as error:
+        # from a worker of the DataLoader comes the traceback as text, with what matters in its last line
+        raise BadSampleError(str(error).strip().rpartition("BadSampleError: ")[2]) from error
     return trainer.seconds()
 
 
