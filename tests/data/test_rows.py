@@ -7,7 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cumo.data import rows as rows_module
@@ -37,10 +37,12 @@ def test_rows_of_a_list_are_found_whatever_its_layout(monkeypatch, chunk, layout
         assert row.line == 1 + raw[: row.offset].count(b"\n")
 
 
-values = st.recursive(st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))
+scalars = st.none() | st.integers() | st.text(max_size=9)
+values = st.recursive(scalars, lambda v: st.lists(v) | st.dictionaries(st.text(max_size=3), v), max_leaves=6)
 
 
-@given(st.lists(st.dictionaries(st.text(), values)), st.sampled_from(LAYOUTS), st.integers(1, 30))
+@settings(max_examples=50)
+@given(st.lists(st.dictionaries(st.text(), values), max_size=4), st.sampled_from(LAYOUTS), st.integers(1, 30))
 def test_rows_of_any_list(expected, layout, chunk):
     before, rows_module.CHUNK = rows_module.CHUNK, chunk
     try:
