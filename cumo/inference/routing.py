@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cumo.inference.features import picture_key
 from cumo.inference.pipeline import CuMoPipeline
 from cumo.models.multiscale import merge_tiles
 from cumo_kernels import Routing
+
+SIDE = 672  # of the picture that is shown
 
 
 class ExpertMaps(NamedTuple):
@@ -41,7 +42,7 @@ class PictureRouting(NamedTuple):
     """Of a picture, in the encoder at each scale and in the connector."""
 
     picture: Image.Image
-    """As the encoder saw it, padded or cut to a square; the maps lie over it."""
+    """Padded or cut to the square that the encoder sees, over which the maps lie; larger than that, to be looked at."""
     vision: tuple[ExpertMaps, ...]
     """One for each scale; empty where the encoder's blocks are dense."""
     connector: ExpertMaps | None
@@ -74,7 +75,7 @@ def picture_routing(pipeline: CuMoPipeline, picture: Image.Image) -> PictureRout
             choice.T.reshape(1, -1, side, side).cpu() for choice in (connected.expert_TK, connected.weight_TK)
         )
         connector = ExpertMaps(1, model.config.connector_num_experts, experts.int(), weights.float())
-    return PictureRouting(_seen(pipeline, pixels["pixel_values"][0]), tuple(maps), connector)
+    return PictureRouting(_square(pipeline, picture), tuple(maps), connector)
 
 
 def _tile_maps(routing: Routing, tiles: int, begin: int, scale: int, side: int) -> tuple[Tensor, Tensor]:
@@ -88,9 +89,10 @@ def _tile_maps(routing: Routing, tiles: int, begin: int, scale: int, side: int) 
     return merged(routing.expert_TK), merged(routing.weight_TK)
 
 
-def _seen(pipeline: CuMoPipeline, pixels: Tensor) -> Image.Image:
-    """A picture from the encoder's input [3, H, W]."""
+def _square(pipeline: CuMoPipeline, picture: Image.Image) -> Image.Image:
+    """The picture as the image processor fits it into a square, in the resolution of a page rather than the encoder."""
     processor: Any = pipeline.processor.image_processor
-    mean, std = (np.array(value)[:, None, None] for value in (processor.image_mean, processor.image_std))
-    values = (pixels.float().cpu().numpy() * std + mean).clip(0, 1)
-    return Image.fromarray(np.rint(values * 255).astype(np.uint8).transpose(1, 2, 0))
+    size = (max(SIDE, pipeline.model.config.vision_config.encoder_config.image_size),) * 2
+    if processor.do_pad:
+        return ImageOps.pad(picture, size, color=tuple(int(255 * mean) for mean in processor.image_mean))
+    return ImageOps.fit(picture, size) if processor.do_center_crop else picture.resize(size)

@@ -49,13 +49,21 @@ def test_the_connector_by_patch(pipeline):
         torch.testing.assert_close(maps.weights[0, :, patch // 4, patch % 4], routing.weight_TK[patch])
 
 
-def test_the_picture_is_the_square_that_the_encoder_saw(pipeline):
-    red = Image.new("RGB", (40, 20), (200, 30, 40))
-    seen = np.asarray(picture_routing(pipeline, red).picture)
-    assert seen.shape == (28, 28, 3)
-    assert np.abs(seen[14, 14].astype(int) - (200, 30, 40)).max() <= 1
-    mean = np.array(pipeline.processor.image_processor.image_mean) * 255
-    assert np.abs(seen[0, 14] - mean).max() <= 1.5  # padding above
+@pytest.mark.parametrize("pad", [True, False], ids=["padded", "cropped"])
+def test_the_picture_is_the_square_that_the_encoder_sees(pipeline, monkeypatch, pad):
+    """Scaled down to the encoder's size, it is the encoder's input, but for how it was scaled."""
+    processor = pipeline.processor.image_processor
+    monkeypatch.setattr(processor, "do_pad", pad)
+    wide = Image.new("RGB", (40, 20), (200, 30, 40))
+    wide.paste((10, 220, 90), (0, 0, 12, 20))
+    shown = picture_routing(pipeline, wide).picture
+    assert shown.size == (672, 672)
+    actual = np.asarray(shown.resize((28, 28))) / 255
+    mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+    seen = pipeline.pixels(wide)["pixel_values"][0].numpy().transpose(1, 2, 0) * std + mean
+    far = np.abs(actual - seen).max(axis=-1) > 0.05
+    assert far.mean() < 0.15  # but at edges
+    assert seen[0, 14] == pytest.approx(mean if pad else np.array([200, 30, 40]) / 255, abs=0.03)
 
 
 def test_embeddings_are_kept_for_the_question(pipeline):
@@ -90,4 +98,4 @@ def test_dense_and_high_resolution_models(pipeline, high_resolution):
     routing = picture_routing(CuMoPipeline(model, processor), picture())
     assert routing.vision == ()
     assert routing.connector is None
-    assert routing.picture.size == (12, 12)
+    assert routing.picture.size == (672, 672)
