@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step is the same however it is divided among passes and processes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cumo.models.processor import CuMoProcessor
 from cumo.train import Recipe, run_stage
 from cumo.train.order import stream_of
 from cumo.train.stage import load_dataset
+from tests.numerics import relative_error
 from tests.train.tiny import read_log, recipe_of, train_in_processes, write_recipe
 
 # Modalities mixed within a step, so that trained tokens and pictures are spread unevenly over its passes
@@ -66,3 +70,23 @@ def test_two_processes(whole, sparse, data, tmp_path, kind, checkpointing):
     )
     train_in_processes(write_recipe(tmp_path / "recipe.yaml", recipe))
     assert_same_steps(read_log(tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_go_on_where_they_stopped(whole, sparse, data, tmp_path, kind):
+    """Weights, optimizer and order of samples come back; and what is saved at the end is the model."""
+    options = {"batch": {"per_device_batch_size": 2}, "checkpoint": {"save_steps": 2}, "distributed": kind}
+    recipe = recipe_of(tmp_path / "run", sparse, data, data=UNGROUPED, **options)
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    train_in_processes(path)
+    for name in ("final", "checkpoint-4"):
+        shutil.move(tmp_path / "run" / name, tmp_path / name)
+    train_in_processes(path)
+    assert_same_steps(read_log(tmp_path / "run"), whole)
+    first, second = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path, tmp_path / "run"))
+    start = load_file(Path(sparse) / "model.safetensors")
+    assert first.keys() == second.keys() == start.keys()
+    for name, tensor in first.items():
+        assert relative_error(second[name], tensor) <= 1e-5, name
+    assert sum(not torch.equal(first[name], start[name]) for name in start) > len(start) / 2
