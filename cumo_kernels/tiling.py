@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every tile of every kernel: pure functions of the device, the dtype and the sizes. Nothing is tuned at run time.
+"""Every tile of every kernel: pure functions of the device, the dtype and the sizes. Nothing is tuned at run time:
+a table that was tuned before (`cumo_kernels.tuned`) comes first, then what is chosen here.
 
 Token counts enter in coarse steps (rows per expert: up to 16, 64, or more), so that a new batch size neither
 recompiles nor retunes anything. Registers and spills of every choice are facts of the compiler:
@@ -8,11 +9,15 @@ recompiles nor retunes anything. Registers and spills of every choice are facts 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from cumo_kernels.checks import check_one_of
+from cumo_kernels.tuned import Key, read_tables, step_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,32 @@ class DispatchTile:
     COUNTED: bool
 
 
+def _tile_of(fields: dict[str, Any]) -> GemmTile:
+    try:
+        return GemmTile(**fields)
+    except TypeError as error:
+        raise ValueError(f"tile: expected the fields of GemmTile, got {fields}") from error
+
+
+_tuned: dict[Key, GemmTile] = {key: _tile_of(fields) for key, fields in read_tables().items()}
+_asked_for: dict[Key, GemmTile] | None = None
+
+
+@contextmanager
+def use_tiles(tiles: dict[Key, GemmTile]) -> Iterator[dict[Key, GemmTile]]:
+    """Take these tiles first within the block; yields what is chosen in it, by key. For the tuner; of the whole
+    process."""
+    global _tuned, _asked_for
+    previous = _tuned, _asked_for
+    _tuned, _asked_for = {**_tuned, **tiles}, {}
+    try:
+        yield _asked_for
+    finally:
+        if previous[1] is not None:
+            previous[1].update(_asked_for)
+        _tuned, _asked_for = previous
+
+
 GEMM_KINDS = ("forward", "gated", "dact", "dact_gated", "wgrad")
 
 
@@ -117,6 +148,15 @@ def gemm_tile(target: Target, dtype: torch.dtype, rows: int, num_experts: int, n
     accumulator), "dact" and "dact_gated" (the backward through the activation); "wgrad" reduces over rows.
     """
     check_one_of("kind", kind, GEMM_KINDS)
+    key = Key(target.arch, str(dtype).removeprefix("torch."), kind, n, step_of(rows / num_experts))
+    tile = _tuned.get(key) or _chosen_tile(target, dtype, rows, num_experts, n, kind)
+    if _asked_for is not None:
+        _asked_for[key] = tile
+    return tile
+
+
+def _chosen_tile(target: Target, dtype: torch.dtype, rows: int, num_experts: int, n: int, kind: str) -> GemmTile:
+    """Without a table."""
     if target.arch == 0:
         return GemmTile(32, 32, 32, num_warps=1, num_stages=1, GROUP_M=2, SLICES=2)
     if dtype == torch.float32:

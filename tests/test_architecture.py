@@ -22,11 +22,12 @@ LAYERS = (
         "cumo_kernels.types",
         "cumo_kernels.checks",
         "cumo_kernels.tiling",
+        "cumo_kernels.tuned",
         "cumo_kernels.backend",
         "cumo_kernels.activations",
     ),
     ("cumo_kernels.kernels", "cumo_kernels.reference"),
-    ("cumo_kernels.ops", "cumo_kernels.inspect*", "cumo_kernels.tune*"),
+    ("cumo_kernels.ops", "cumo_kernels.inspect*", "cumo_kernels.tune"),
     # reading the published layout: pure functions of names, tensors and files, which configuration and models use
     (
         "cumo.config",
