@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ class CuMoProcessor(ProcessorMixin):
         *,
         return_tensors: str | None = None,
         return_mm_token_type_ids: bool = False,
+        return_text_replacement_offsets: bool = False,
         add_special_tokens: bool = True,
         text_kwargs: dict[str, Any] | None = None,
         images_kwargs: dict[str, Any] | None = None,
@@ -176,6 +178,8 @@ class CuMoProcessor(ProcessorMixin):
             text: a prompt or several; None for pictures alone.
             return_tensors: "pt" or "np"; lists by default.
             return_mm_token_type_ids: give `mm_token_type_ids` too, 1 for placeholders and 0 for text.
+            return_text_replacement_offsets: give `text_replacement_offsets` too, as transformers has it: for each
+                prompt, where its placeholders stand and what they became. vLLM asks for it.
             add_special_tokens: begin with BOS.
             text_kwargs: options of the tokenizer, as are all further ones; `padding=True` for several prompts.
             images_kwargs: options of the image processor.
@@ -187,6 +191,7 @@ class CuMoProcessor(ProcessorMixin):
         options = {**kwargs, **(common_kwargs or {}), **(text_kwargs or {})}
         return_tensors = options.pop("return_tensors", return_tensors)
         return_mm_token_type_ids = options.pop("return_mm_token_type_ids", return_mm_token_type_ids)
+        return_offsets = options.pop("return_text_replacement_offsets", return_text_replacement_offsets)
         add_special_tokens = options.pop("add_special_tokens", add_special_tokens)
         for name in ("videos", "audio"):
             if options.pop(name, None) is not None:
@@ -209,6 +214,8 @@ class CuMoProcessor(ProcessorMixin):
             if self.high_resolution_size is not None:
                 large = self._pixels(pictures, self.high_resolution_size, images_kwargs or {})
         batch = BatchFeature(data, tensor_type=return_tensors)
+        if return_offsets and text is not None:
+            batch["text_replacement_offsets"] = [self._replacements(prompt) for prompt in texts]
         if large is not None:
             batch["pixel_values_large"] = [BatchFeature({"large": large}, tensor_type=return_tensors)["large"]]
         return batch
@@ -221,6 +228,17 @@ class CuMoProcessor(ProcessorMixin):
         bos = self.tokenizer.bos_token
         add_special_tokens = not (bos and prompt.startswith(bos))
         return list(self._tokenize([prompt], add_special_tokens, {})["input_ids"][0])
+
+    def _replacements(self, prompt: str) -> list[dict[str, Any]]:
+        """Where placeholders stand in a prompt, before and after they are expanded."""
+        expanded = self.image_token * self.image_seq_length
+        found = []
+        for index, match in enumerate(re.finditer(re.escape(self.image_token), prompt)):
+            begin = match.start() + index * (len(expanded) - len(self.image_token))
+            new_span = (begin, begin + len(expanded))
+            entry = {"type": "image", "span": match.span(), "new_span": new_span}
+            found.append(entry | {"text": self.image_token, "replacement": expanded})
+        return found
 
     def _match(self, texts: list[str], images: Any) -> list[Any]:
         """All pictures one after the other, after a check that every prompt has its own."""

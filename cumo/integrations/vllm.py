@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a checkpoint that vLLM serves through its Transformers modeling backend.
+
+The backend makes the model from `AutoModel`, without a head, and replaces attention, linear layers and embeddings with
+its own. The written folder holds the checkpoint as it is, its processor, and a module that brings `CuMoModel` from this
+package, which therefore has to be installed beside vLLM; `--trust-remote-code` lets vLLM import that module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+from cumo.config import CuMoConfig
+from cumo.models.connector import CuMoConnector
+from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.processor import CuMoProcessor
+from cumo.models.vision import CuMoVisionModel, CuMoVisionPreTrainedModel
+
+MODULE = "modeling_cumo"
+SOURCE = """\
+# Lets vLLM find the model, whose code is in the package cumo.
+from cumo.integrations.vllm import CuMoConfig, CuMoModel  # noqa: F401
+"""
+# The order matters: the configuration has to be known before the model.
+AUTO_MAP = {"AutoConfig": f"{MODULE}.CuMoConfig", "AutoModel": f"{MODULE}.CuMoModel"}
+
+
+class _Decoder(nn.Module):
+    """Gives the language model without its head the names that its tensors have in a checkpoint."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.model = AutoModel.from_config(config)
+
+
+class CuMoModel(PreTrainedModel):
+    """CuMo without a head, in the form that vLLM's Transformers backend takes apart and puts together anew.
+
+    It does not load checkpoints or train; that is what `CuMoForConditionalGeneration` is for, of whose tensors it has
+    all but the head, under the same names.
+    """
+
+    config: CuMoConfig
+    config_class = CuMoConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    _no_split_modules = ["CuMoVisionBlock", "CuMoConnector"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CuMoConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = CuMoVisionModel(config.vision_config)
+        self.connector = CuMoConnector(config)
+        self.language_model = _Decoder(config.text_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        CuMoVisionPreTrainedModel.init_layer(module, getattr(self.config.text_config, "initializer_range", 0.02))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the decoder."""
+        return self.language_model.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Those of the decoder."""
+        self.language_model.model.set_input_embeddings(value)
+
+    def get_decoder(self) -> Any:
+        """The language model."""
+        return self.language_model.model
+
+    def get_encoder(self, modality: str | None = None) -> Any:
+        """The vision encoder.
+
+        Raises:
+            ValueError: another modality than "image" is asked for.
+        """
+        if modality not in (None, "image"):
+            raise ValueError(f"modality: expected 'image', got {modality!r}")
+        return self.vision_tower
+
+    def get_image_features(
+        self, pixel_values: Tensor, pixel_values_large: Any = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Pictures [images, 3, H, H] -> `pooler_output` [images, patches, LLM width]."""
+        del return_dict, kwargs
+        embeddings, _ = self.connector(self.vision_tower(pixel_values, pixel_values_large).features)
+        return BaseModelOutputWithPooling(pooler_output=embeddings)
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """The decoder's last hidden states [B, L, D], of ids without placeholders or of embeddings."""
+        return self.language_model.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def export(source: str | Path, target: Path) -> None:
+    """Write a folder for vLLM.
+
+    Args:
+        source: checkpoint of either layout, or a name on the hub.
+        target: folder, made if it is not there.
+
+    Raises:
+        ValueError: the folder is not empty, or the model is one that the backend cannot serve.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"target: expected an empty folder, got {str(target)!r}, which holds files")
+    config = CuMoConfig.from_pretrained(source)
+    if config.vision_config.high_resolution:
+        raise ValueError("source: expected a model that takes pictures at one size, got one with high_resolution")
+    processor = CuMoProcessor.from_pretrained(source)
+    model = CuMoForConditionalGeneration.from_pretrained(source, dtype="auto")
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    (target / f"{MODULE}.py").write_text(SOURCE)
+    path = target / "config.json"
+    fields = json.loads(path.read_text()) | {"architectures": ["CuMoForConditionalGeneration"], "auto_map": AUTO_MAP}
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command."""
+    parser.add_argument("source", help="checkpoint of either layout, or a name on the hub")
+    parser.add_argument("target", type=Path, help="folder to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write it, and say how vLLM is started."""
+    export(arguments.source, arguments.target)
+    print(f"vllm serve {arguments.target} --model-impl transformers --trust-remote-code")
