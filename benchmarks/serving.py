@@ -247,15 +247,15 @@ class Load:
         return "answered", "" if response.status == 200 and response.answered else str(response)
 
 
-def growth(memory: list[tuple[float, int]], seconds: float) -> dict[str, float]:
+def growth(memory: list[tuple[float, int]], seconds: float) -> dict[str, Any]:
     """Of the resident memory, from the end of the first fifth to that of the run, each as a mean over a tenth."""
 
     def mean(begin: float, end: float) -> float:
         values = [size for moment, size in memory if begin * seconds <= moment <= end * seconds]
         return statistics.fmean(values) / 2**20
 
-    warm, last = mean(0.2, 0.3), mean(0.9, 1.0)
-    return {"warm_mib": round(warm, 1), "end_mib": round(last, 1), "growth": round(last / warm - 1, 4)}
+    tenths = [round(mean(tenth / 10, (tenth + 1) / 10), 1) for tenth in range(10)]
+    return {"mib_by_tenth": tenths, "growth": round(tenths[9] / tenths[2] - 1, 4)}
 
 
 def main() -> None:
