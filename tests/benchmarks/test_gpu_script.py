@@ -39,7 +39,7 @@ def test_a_dry_run_walks_through_every_step(tmp_path):
     assert (tmp_path / "out" / "logs" / "tune.txt").read_text().startswith("python -m cumo_kernels.tune --dry-run")
 
 
-@pytest.mark.parametrize("module", ["benchmarks.compile", "pytest", "cumo_kernels.tune"])
+@pytest.mark.parametrize("module", ["benchmarks.compile", "-m pytest", "cumo_kernels.tune"])
 def test_a_step_that_fails_stops_no_other_and_shows_in_the_exit_status(module, tmp_path):
     code, status, _ = run(tmp_path, "--dry-run", FAIL=module)
     assert code == 1
