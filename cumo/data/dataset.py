@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from cumo.data.encoding import SampleEncoder
 from cumo.data.formats import Sample
 from cumo.data.pictures import open_picture
+from cumo.data.pixels import PixelReader
 from cumo.data.rows import RowIndex
 from cumo.data.sources import DataSource
 from cumo.models.prompts import IGNORE_INDEX, Encoded, Template
@@ -112,6 +113,7 @@ class ConversationDataset(Dataset[Example]):
         self.max_length = max_length
         self.on_bad_sample = on_bad_sample
         self.image_options = {"do_pad": image_aspect == "pad"}
+        self.readers = self._readers(image_aspect == "pad")
         self.indices = [
             RowIndex(Path(source.path), self.encode.estimate, source.limit, progress) for source in self.sources
         ]
@@ -219,8 +221,20 @@ class ConversationDataset(Dataset[Example]):
             raise ValueError("expected tokens to train on, got none")
         return encoded
 
+    def _readers(self, pad: bool) -> dict[str, PixelReader]:
+        """What makes the pixels, by name; empty where the processor has to do it."""
+        image_processor, large = self.processor.image_processor, self.processor.high_resolution_size
+        if not PixelReader.supports(image_processor):
+            return {}
+        readers = {"pixel_values": PixelReader(image_processor, pad)}
+        if large is not None:
+            readers["pixel_values_large"] = PixelReader(image_processor, pad, large)
+        return readers
+
     def _pixels(self, sample: Sample, folder: Path) -> Example:
         pictures = [open_picture(reference, folder) for reference in sample.images]
+        if self.readers:
+            return {name: reader(pictures) for name, reader in self.readers.items()}
         batch = self.processor(pictures, images_kwargs=self.image_options, return_tensors="pt")
         pixels = {"pixel_values": batch["pixel_values"]}
         if "pixel_values_large" in batch:

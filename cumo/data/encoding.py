@@ -73,11 +73,13 @@ class SampleEncoder:
     def _expand(self, encoded: Encoded) -> Encoded:
         input_ids: list[int] = []
         labels: list[int] = []
-        for token, label in zip(*encoded, strict=True):
-            times = self.image_seq_length if token == self.image_token_id else 1
-            input_ids += [token] * times
-            labels += [label if times == 1 else IGNORE_INDEX] * times
-        return Encoded(input_ids, labels)
+        begin = 0
+        for _ in range(encoded.input_ids.count(self.image_token_id)):
+            at = encoded.input_ids.index(self.image_token_id, begin)
+            input_ids += encoded.input_ids[begin:at] + [self.image_token_id] * self.image_seq_length
+            labels += encoded.labels[begin:at] + [IGNORE_INDEX] * self.image_seq_length
+            begin = at + 1
+        return Encoded(input_ids + encoded.input_ids[begin:], labels + encoded.labels[begin:])
 
 
 def _texts(sample: Sample) -> list[str]:
