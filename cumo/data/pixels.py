@@ -44,7 +44,8 @@ class PixelReader:
         size, crop = image_processor.size, image_processor.crop_size
         square = size.get("shortest_edge") == crop.get("height") == crop.get("width") is not None
         steps = all(getattr(image_processor, step) for step in _STEPS)
-        return square and steps and len(image_processor.image_mean) == 3
+        mean = image_processor.image_mean
+        return square and steps and isinstance(mean, (list, tuple)) and len(mean) == 3
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures -> float32 [pictures, 3, size, size]."""
