@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ class _Decoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.model = AutoModel.from_config(config)
+
+    def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
+        """Of text; placeholders of pictures, which are no part of the vocabulary, get those of token 0."""
+        table = self.model.get_input_embeddings()
+        size = self.model.config.vocab_size
+        return lambda ids: table(ids.masked_fill(ids >= size, 0))
 
 
 class CuMoModel(PreTrainedModel):
