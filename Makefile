@@ -10,7 +10,7 @@ OLDEST := .venv-oldest/.installed
 PIP_INSTALL := bin/python -m pip --disable-pip-version-check --quiet --quiet install
 PYTEST := bin/python -m pytest
 
-.PHONY: help test test-oldest golden check bench inspect clean
+.PHONY: help demo test test-oldest golden check bench inspect clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -24,6 +24,9 @@ test-oldest: $(OLDEST) ## the fast tests on the oldest supported dependencies
 
 # The test processes take every core already: more than one torch thread in each would only contend for them.
 test test-oldest: export OMP_NUM_THREADS := 1
+
+demo: $(NEWEST) ## the whole pipeline in minutes: training from nothing, controls, a report in runs/demo
+	.venv/bin/cumo demo
 
 golden: $(NEWEST) ## agreement with the reference data (CUMO_GOLDEN_DIR names another folder of it)
 	.venv/$(PYTEST) tests/golden

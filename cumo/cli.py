@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
     "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped"),
     "serve": Command("cumo.serve.command", "serve a model: OpenAI's chat API, and a page to try it"),
+    "demo": Command("cumo.demo.command", "the whole pipeline in minutes: data, all stages of training, a report"),
     "eval": Command("cumo.eval.command", "evaluate a model on the published benchmarks"),
     "export-vllm": Command("cumo.integrations.vllm", "a folder that vLLM serves through its Transformers backend"),
     "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
