@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder for vLLM, taken as its Transformers backend takes it: found, built without a head, its weights by name,
-its attention replaced, pictures and text embedded apart, placeholders located. vLLM itself is not needed."""
+its attention replaced, pictures and text embedded apart, placeholders located.
 
+Where vLLM is installed, which is none of this project's dependencies, it answers itself."""
+
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cumo import CuMoForConditionalGeneration
+from cumo import CuMoConfig, CuMoForConditionalGeneration
 from cumo.integrations.vllm import CuMoModel, export
 from tests.inference.tiny import picture, save_model
 from tests.models.tiny import tiny_model
@@ -148,3 +156,73 @@ def test_what_is_not_exported(source, folder, tmp_path):
     processor.save_pretrained(tmp_path / "large")
     with pytest.raises(ValueError, match="source: expected a model that takes pictures at one size"):
         export(tmp_path / "large", tmp_path / "target")
+
+
+# In a process of its own, which vLLM ends as it likes.
+ENGINE = """
+import json, sys
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    engine = LLM(
+        sys.argv[1],
+        model_impl="transformers",
+        trust_remote_code=True,
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 2},
+    )
+    answers = []
+    for request in json.loads(sys.argv[2]):
+        prompt = {"prompt_token_ids": request["ids"]}
+        if request["images"]:
+            prompt["multi_modal_data"] = {"image": [Image.open(path) for path in request["images"]]}
+        output = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0]
+        answers.append([list(output.prompt_token_ids), list(output.outputs[0].token_ids)])
+    print("ANSWERS", json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+@pytest.mark.parametrize("text_type", ["mistral", "mixtral"])
+def test_vllm_says_what_the_model_says(source, tmp_path, text_type):
+    """Greedy tokens of prompts without a picture, with one and with two; of a dense language model and of experts."""
+    config = CuMoConfig.from_pretrained(source)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fields = config.text_config.to_dict() | sizes | {"model_type": text_type, "head_dim": 64, "initializer_range": 0.3}
+    if text_type == "mixtral":
+        fields |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    model = CuMoForConditionalGeneration(CuMoConfig(vision_config=config.vision_config.to_dict(), text_config=fields))
+    processor = AutoProcessor.from_pretrained(source)
+    model.eval().save_pretrained(tmp_path / "source")
+    processor.save_pretrained(tmp_path / "source")
+    export(tmp_path / "source", tmp_path / "exported")
+    requests, expected = [], []
+    for count in range(3):
+        pictures = [picture(count + index) for index in range(count)]
+        paths = [str(tmp_path / f"{count}-{index}.png") for index in range(count)]
+        for image, path in zip(pictures, paths, strict=True):
+            image.save(path)
+        prompt = f"<s><s>[INST] {'<image>' * count} What is this? [/INST]"
+        ids = processor.prompt_ids(prompt)
+        inputs = {"input_ids": torch.tensor([ids])}
+        if pictures:
+            inputs["pixel_values"] = processor(images=pictures, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        expected.append([ids, answer])
+        plain = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]  # one placeholder for each picture
+        requests.append({"ids": plain, "images": paths})
+    (tmp_path / "engine.py").write_text(ENGINE)
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "engine.py", str(tmp_path / "exported"), json.dumps(requests)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("ANSWERS ")]
+    assert json.loads(line.removeprefix("ANSWERS ")) == expected
