@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection
@@ -24,6 +25,7 @@ from cumo.serve.http import ClientGoneError, Slots
 from cumo.serve.images import ImageReader
 from cumo.serve.limits import Limits
 from cumo.serve.maps import RoutingMaps
+from cumo.serve.memory import give_back
 from cumo.serve.metrics import Metrics
 from cumo.serve.scheduler import Scheduler
 from cumo.serve.schemas import ChatRequest, RoutingRequest
@@ -62,7 +64,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(give_back())
         yield
+        tidying.cancel()
         scheduler.close(timeout=30)
         pool.shutdown(wait=False, cancel_futures=True)
 
