@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -51,7 +50,7 @@ def answer(
                     {
                         "role": "user",
                         "content": [
-                            {"type": "image", "image": Image.open(picture or question.picture)},
+                            {"type": "image", "image": picture or question.picture},
                             {"type": "text", "text": question.text},
                         ],
                     }
@@ -89,9 +88,7 @@ def expert_load(pipeline: CuMoPipeline, pictures: Sequence[Path]) -> dict[str, A
     if not model.config.vision_config.is_moe:
         return None
     with pipeline.exclusive():
-        pixels: Tensor = pipeline.processor(images=[Image.open(path) for path in pictures], return_tensors="pt")[
-            "pixel_values"
-        ]
+        pixels: Tensor = pipeline.processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         vision = model.vision_tower(**pipeline.on_device({"pixel_values": pixels}))
         _, connected = model.connector(vision.features)
     vision_config = model.config.vision_config

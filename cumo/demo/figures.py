@@ -56,6 +56,12 @@ def _svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
+def _ink(colour: str) -> str:
+    """Of text on a colour: black on light ones, white on dark ones."""
+    red, green, blue = matplotlib.colors.to_rgb(colour)
+    return "#1f2328" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "white"
+
+
 def _smooth(values: Sequence[float]) -> Any:
     """Mean over a window of a fortieth of the curve."""
     width = max(1, len(values) // 40)
@@ -81,6 +87,8 @@ def losses(logs: Mapping[str, Sequence[Record]]) -> str:
             if style == "-":
                 axes.plot(steps, values, color=LINES[name], linewidth=0.5, alpha=0.25)
         axes.set(xlabel="step", ylabel="language-model loss", yscale="log", xlim=(0, begin))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(axis="y")
         axes.legend(ncols=2)
         return _svg(figure)
@@ -120,11 +128,11 @@ def loads(panels: Mapping[str, Mapping[str, Sequence[float]]], least: float) -> 
             for row, shares in enumerate(layers.values()):
                 left = 0.0
                 for expert, share in enumerate(shares):
-                    axes.barh(row, 100 * share, left=left, height=0.72, color=EXPERTS[expert % len(EXPERTS)],
-                              edgecolor="white", linewidth=0.8)  # fmt: skip
+                    colour = EXPERTS[expert % len(EXPERTS)]
+                    axes.barh(row, 100 * share, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.8)
                     if share >= 0.09:
-                        axes.text(left + 50 * share, row, f"{100 * share:.0f}", ha="center", va="center",
-                                  color="white", fontsize=8.5, fontweight="bold")  # fmt: skip
+                        text = {"color": _ink(colour), "fontsize": 8.5, "fontweight": "bold"}
+                        axes.text(left + 50 * share, row, f"{100 * share:.0f}", ha="center", va="center", **text)
                     left += 100 * share
                 if min(shares) < least:
                     axes.text(101, row, f"{100 * min(shares):.1f} %", va="center", fontsize=8.5, color="#b3261e")

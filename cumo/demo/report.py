@@ -12,16 +12,17 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image
-
 from cumo.demo import dataset, figures
 from cumo.demo.evaluate import loads_by_layer
 from cumo.demo.pipeline import ANSWERS, DATA, DENSE, REPORT, STAGES, WITHOUT_AUX, Demo
+from cumo.demo.scenes import NUMBERS
 from cumo.inference import picture_routing
+from cumo.models.processor import to_rgb
 
 LEAST_LOAD = 0.05
 ROUTED_PICTURES = 4
 SAMPLES = 8
+NONE = "<p>None.</p>"
 MEANINGS = {
     "language": "a small language model, on captions and questions in words",
     "clip": "a small CLIP, contrastively, on pictures of one digit",
@@ -63,8 +64,8 @@ def write(demo: Demo, results: Mapping[str, Any]) -> Path:
         loads=figures.loads(panels, LEAST_LOAD),
         aux_losses=figures.aux_losses({name: logs[name] for name in ("instruct", WITHOUT_AUX)}),
         routing=figures.routing(_routed(demo)),
-        right=_samples(pair for pair in answered if pair[0].answer == pair[1]),
-        wrong=_samples(pair for pair in answered if pair[0].answer != pair[1]) or "<p>None.</p>",
+        right=_samples(pair for pair in answered if pair[0].answer == pair[1]) or NONE,
+        wrong=_samples(pair for pair in answered if pair[0].answer != pair[1]) or NONE,
         footer=_footer(results),
     )
     path = demo.out / REPORT
@@ -163,10 +164,12 @@ def _answered(demo: Demo) -> list[tuple[dataset.TestQuestion, str]]:
 
 
 def _routed(demo: Demo) -> list[Any]:
-    """Routing of the first pictures of the test ."""
-    pictures = list(dict.fromkeys(question.picture for question in dataset.read_test(demo.out / DATA)))
+    """Routing of the first pictures of the test with the most digits."""
+    counted = [question for question in dataset.read_test(demo.out / DATA) if question.kind == "how many"]
+    counted.sort(key=lambda question: -NUMBERS.index(question.answer))
     pipeline = demo.pipeline("instruct")
-    return [picture_routing(pipeline, Image.open(path).convert("RGB")) for path in pictures[:ROUTED_PICTURES]]
+    pictures = [to_rgb(question.picture) for question in counted[:ROUTED_PICTURES]]
+    return [picture_routing(pipeline, picture) for picture in pictures]
 
 
 def _samples(answered: Iterable[tuple[dataset.TestQuestion, str]]) -> str:
