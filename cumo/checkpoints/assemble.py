@@ -52,11 +52,11 @@ def assemble_checkpoint(
     Raises:
         ValueError: a folder holds something else, or is incomplete or damaged. There is no `target` then.
     """
+    encoder, tokenizer = _encoder_config(vision), _tokenizer(text)
     language_model = _language_model(text)
-    tokenizer = _tokenizer(text)
     config = CuMoConfig(
         vision_config=CuMoVisionConfig(
-            encoder_config=_encoder_config(vision),
+            encoder_config=encoder,
             num_experts=1,
             num_experts_per_tok=1,
             scales=scales,
@@ -79,9 +79,7 @@ def assemble_checkpoint(
         torch.manual_seed(seed)
         model.connector = CuMoConnector(config)
         model.connector.apply(model._init_weights)
-    processor = _processor(
-        tokenizer, config.vision_config.encoder_config, vision, scales[-1] if high_resolution else None
-    )
+    processor = _processor(tokenizer, encoder, vision, scales[-1] if high_resolution else None)
     with written_aside(target) as folder:
         write_model(folder, model, language_model.dtype)
         processor.save_pretrained(folder)

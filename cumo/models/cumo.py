@@ -166,11 +166,13 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
         image = ImageFeatures() if pixel_values is None else self.get_image_features(pixel_values, pixel_values_large)
+        # before the token embeddings, as pictures are: sharded parameters are gathered in the same order everywhere
+        taking_part = self._take_part() if pixel_values is None and labels is not None and _has_peers() else None
         if input_ids is not None:
             inputs_embeds = self.embed(input_ids, image.embeddings)
         assert inputs_embeds is not None
-        if pixel_values is None and labels is not None and _has_peers():
-            inputs_embeds = inputs_embeds + 0.0 * self._take_part()
+        if taking_part is not None:
+            inputs_embeds = inputs_embeds + 0.0 * taking_part
         if isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]:
             # as published: padding is zeros, which the routers of the language model see
             inputs_embeds = inputs_embeds * attention_mask.unsqueeze(-1).to(inputs_embeds.dtype)

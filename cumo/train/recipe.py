@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cumo.checkpoints.upcycle import Upcycling
 from cumo.config import AUX_LOSSES, CONNECTORS
 from cumo.data.dataset import IMAGE_ASPECTS, ON_BAD_SAMPLE
@@ -20,7 +22,7 @@ from cumo.models.prompts import get_template
 from cumo.train.fields import build, joined, merged
 from cumo_kernels.checks import check_one_of
 
-PRECISIONS = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARDINGS = ("ddp", "fsdp2")
 _MISTRAL, _PAD = "mistral_instruct_system", "pad"
 # Of each stage: what is not said in a recipe. True: trains with the learning rate of the optimizer.
@@ -267,7 +269,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_one_of("stage", self.stage, STAGES)
-        check_one_of("precision", self.precision, PRECISIONS)
+        check_one_of("precision", self.precision, DTYPES)
         _positive(self, "epochs", "steps", "log_steps")
         if self.upcycle is not None and self.stage == "finetune":
             raise ValueError("upcycle: expected null at stage finetune, which continues from a model as it is")

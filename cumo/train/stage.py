@@ -43,13 +43,12 @@ from cumo.train.files import dump
 from cumo.train.modules import freeze, set_dtypes, summary
 from cumo.train.order import steps_per_epoch, stream_of
 from cumo.train.progress import Progress
-from cumo.train.recipe import Parts, Recipe, differences
+from cumo.train.recipe import DTYPES, Parts, Recipe, differences
 from cumo.train.trainer import CuMoTrainer
 
 logger = logging.getLogger(__name__)
 
 FINAL, START, DENSE, RESULT = "final", "start", "start-dense", "result.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What may differ between the runs of one `output_dir`, as the steps do not depend on it
 _FREE = (
     "output_dir", "log_steps", "report_to", "checkpoint.", "data.workers", "batch.per_device_batch_size",

@@ -22,7 +22,8 @@ from cumo.train.losses import NonFiniteError, check_finite, contributions, count
 from cumo.train.meter import Meter, flat
 from cumo.train.modules import groups_of
 from cumo.train.order import Stream
-from cumo.train.recipe import Recipe
+from cumo.train.recipe import DTYPES, Recipe
+from cumo.train.sharding import shard, whole_tensors
 
 METER = "meter.pt"
 
@@ -55,9 +56,10 @@ class CuMoTrainer(Trainer):
         processor: Any,
         callbacks: Sequence[Any] = (),
     ) -> None:
+        self.recipe = recipe
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator, callbacks=[*callbacks])
         self.model_accepts_loss_kwargs = True  # what `loss_is_scaled_for_ga` says to versions before 5.23
-        self.recipe, self.stream, self.processor = recipe, stream, processor
+        self.stream, self.processor = stream, processor
         self.cumo_config = model.config
         self.meter = Meter(model.config, args.device)
         self.grad_norm = math.nan
@@ -66,6 +68,13 @@ class CuMoTrainer(Trainer):
         self._step_rows: list[int] = []
         self._last_rates: dict[str, float] = {}
         self._run_dir: Path | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With FSDP2 as of `cumo.train.sharding`."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            shard(self.accelerator, self.args.fsdp_plugin_args, DTYPES[self.recipe.precision])
+            self.is_fsdp_enabled = True
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002
         """None are counted: the formula of Trainer knows neither pictures nor experts."""
@@ -249,10 +258,12 @@ class CuMoTrainer(Trainer):
 
     def whole_tensors(self) -> dict[str, Tensor] | None:
         """The model's tensors where no process has them whole, in the first process; each has to call it."""
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        tensors: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-        return tensors
+        if self.is_fsdp_enabled:
+            return whole_tensors(self.model_wrapped)
+        if self.is_deepspeed_enabled:
+            tensors: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+            return tensors
+        return None
 
 
 def _finite(grad: Tensor) -> bool:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FSDP2 as accelerate applies it: on CPUs too, and with gradients that are added up in float32."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from cumo.train.modules import clean
+
+
+def shard(accelerator: Any, plugin_arguments: dict[str, Any], precision: torch.dtype) -> None:
+    """Have an accelerator shard the models that it prepares.
+
+    On CPUs accelerate leaves the plugin out, and trains under DDP, without a word: what is to run on GPUs could not be
+    tried. Its policy would also add up gradients in half precision, and round outputs of every block.
+
+    Args:
+        accelerator: of several processes.
+        plugin_arguments: of a `FullyShardedDataParallelPlugin`.
+        precision: in which the blocks compute; parameters, gradients and the optimizer's state are in float32.
+    """
+    # of outputs that are views: the message warns of in-place operations, of which there are none on them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    state = accelerator.state
+    if state.distributed_type is not DistributedType.FSDP:
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_arguments)
+    state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=None if precision is torch.float32 else precision, reduce_dtype=torch.float32
+    )
+
+
+def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a sharded model on the CPU, in the first process; no others may be absent from the call."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {clean(name): tensor for name, tensor in tensors.items()}
