@@ -250,3 +250,19 @@ def test_the_command_of_the_package_says_what_is_wrong(tmp_path, capsys):
     words = ["eval", "--task", "gqa", "--data", str(tmp_path / "none"), "--model", "m", "--output", str(tmp_path)]
     assert main(words) == 2
     assert "expected the folder of gqa, found none" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_every_benchmark(miniature, tmp_path, capsys):
+    """A tiny random one; what it says is nonsense, but every format, prompt and picture goes through it."""
+    from tests.inference.tiny import save_model
+
+    save_model(tmp_path / "model")
+    words = ["--data", str(miniature), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["eval", "--all", *words, "--device", "cpu", "--batch-size", "16"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results["results"]) == [task.name for task in PUBLISHED_TASKS]
+    unscored = {name for name, entry in results["results"].items() if entry["value"] is None}
+    assert unscored == {"mmvet", "vqav2", "llava_wild"}
+    assert len(results["model"]["fingerprint"]) == 64
+    assert "| MMMU-v |" in capsys.readouterr().out
