@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +73,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _places(text: str, token: str) -> Iterator[int]:
+    """Where a token begins in a text, also within itself."""
+    begin = text.find(token)
+    while begin >= 0:
+        yield begin
+        begin = text.find(token, begin + 1)
+
+
 class PromptBuilder:
     """Makes prompts with the chat template of a processor.
 
@@ -90,20 +97,17 @@ class PromptBuilder:
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values()}
         tokens.update(tokenizer.all_special_tokens, [processor.image_token])
         tokens.update(marker for marker in TEXT_MARKERS if marker in str(processor.chat_template))
-        # One character, where a token begins: tokens that overlap are all found.
-        alternatives = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True) if token.strip())
-        self._control = re.compile(f"(?={alternatives}).", re.DOTALL)
+        self._control = sorted(token for token in tokens if token.strip())
 
     def neutral(self, texts: Sequence[str]) -> list[str]:
         """The texts of a message without control tokens, also without those that begin in one and end in another:
         a template may join them."""
         joined = "".join(texts)
-        cuts = [match.end() for match in self._control.finditer(joined)]
+        cuts = sorted({begin + 1 for token in self._control for begin in _places(joined, token)})
         neutral, begin = [], 0
         for text in texts:
             end = begin + len(text)
-            inner = [cut for cut in cuts if begin < cut <= end] if cuts else []
-            bounds = [begin, *inner, end]
+            bounds = [begin, *(cut for cut in cuts if begin < cut <= end), end]
             neutral.append(" ".join(joined[start:stop] for start, stop in itertools.pairwise(bounds)))
             begin = end
         return neutral

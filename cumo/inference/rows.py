@@ -19,6 +19,8 @@ from cumo.inference.features import PreparedPicture
 from cumo.inference.options import Completion, FinishReason, GenerationOptions
 from cumo.inference.text_stream import TextStream
 
+COLDEST = 1e-6  # below, a temperature would be rounded to 0
+
 
 class Row:
     """An answer in the making.
@@ -132,9 +134,11 @@ class RowSampler(LogitsProcessor):
         if not self._sampled:
             return scores
         rows = [self._rows[index] for index in self._sampled]
-        options = torch.tensor([[row.options.temperature, row.options.top_p, row.draw()] for row in rows])
+        options = torch.tensor([[max(row.options.temperature, COLDEST), row.options.top_p, row.draw()] for row in rows])
         temperature, top_p, draw = options.to(scores.device).split(1, dim=1)
-        chosen = choose(scores[self._sampled].float() / temperature, top_p, draw)
+        logits = scores[self._sampled].float()
+        # relative to the largest, which stays finite whatever it is divided by
+        chosen = choose((logits - logits.amax(dim=-1, keepdim=True)) / temperature, top_p, draw)
         scores[self._sampled] = torch.full_like(scores[self._sampled], -torch.inf).scatter_(1, chosen, 0.0)
         return scores
 
@@ -147,6 +151,7 @@ def choose(logits: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
     probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     sums = probs.cumsum(dim=-1)
     kept = sums - probs < top_p
+    kept[:, 0] = True  # also where `top_p` is rounded to 0
     total = torch.where(kept, sums, 0.0).amax(dim=-1, keepdim=True)
     place = (sums <= draw * total).sum(dim=-1, keepdim=True)
     return ids.gather(1, torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1))

@@ -99,6 +99,9 @@ def test_sampling_depends_on_the_seed_and_not_on_the_batch(pipeline):
     assert [completion.completion_tokens for completion in batched] == [12, 4, 16, 12, 12]
     greedy = pipeline.generate([CONVERSATIONS[4]], replace(GREEDY, max_new_tokens=12))[0]
     assert batched[4] == greedy  # the most probable token alone is below top_p
+    for options_near_zero in ({"temperature": 1e-300}, {"temperature": 100.0, "top_p": 1e-300}):
+        cold = GenerationOptions(max_new_tokens=12, seed=1, **options_near_zero)
+        assert pipeline.generate([CONVERSATIONS[4]], cold)[0] == greedy
     hot = replace(options[0], temperature=5.0)
     answers = {pipeline.generate([CONVERSATIONS[0]], replace(hot, seed=seed))[0].text for seed in range(4)}
     assert len(answers) == 4
