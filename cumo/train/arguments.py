@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from cumo.train.recipe import Recipe
+from cumo.train.recipe import SHARDINGS, Recipe
 
 # What a recipe says itself, or what exactness rests on
 _RESERVED = {
@@ -84,19 +84,18 @@ def training_arguments(recipe: Recipe, steps: int) -> TrainingArguments:
 
 
 def _sharding(recipe: Recipe, known: set[str]) -> dict[str, Any]:
-    """What `distributed` and `gradient_checkpointing` ask for: with FSDP2 it is that which checkpoints."""
-    if recipe.distributed == "fsdp2" and processes() > 1:
-        config = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "state_dict_type": "SHARDED_STATE_DICT",
-            "activation_checkpointing": recipe.gradient_checkpointing,
-        }
-        return {"fsdp": True, "fsdp_config": config}
+    """What `distributed` and `gradient_checkpointing` ask for.
+
+    Activations are checkpointed by the layers themselves, also under FSDP2: accelerate's way of it does not restore the
+    random numbers of dropout, which makes other gradients than those of the loss.
+    """
     # the name changed in transformers 5.23
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     options = {name: recipe.gradient_checkpointing, f"{name}_kwargs": {"use_reentrant": False}}
-    if recipe.distributed in ("ddp", "fsdp2"):
+    if recipe.distributed == "fsdp2" and processes() > 1:
+        config = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
+        return {**options, "fsdp": True, "fsdp_config": config}
+    if recipe.distributed in SHARDINGS:
         return options
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("distributed: expected ddp or fsdp2, as DeepSpeed is not installed")

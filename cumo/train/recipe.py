@@ -31,7 +31,6 @@ STAGES: dict[str, dict[str, Any]] = {
         "train": {"vision": False, "connector": True, "text": False},
         "data": {"template": "plain", "image_aspect": "square", "max_length": 2048},
         "optimizer": {"lr": 1e-3},
-        "gradient_checkpointing": False,
     },
     "prefinetune": {"data": {"template": _MISTRAL, "image_aspect": _PAD}, "optimizer": {"lr": 2e-6}},
     "instruct": {"data": {"template": _MISTRAL, "image_aspect": _PAD}, "optimizer": {"lr": 4e-6}},

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import distributed
 from transformers import set_seed
 
@@ -246,7 +245,7 @@ def load_model(recipe: Recipe, start: Path) -> Any:
     if lora is not None:
         adapters.add_adapters(model, lora, str(start.resolve()))
     freeze(model, recipe.train, adapters=lora is not None)
-    set_dtypes(model, torch.float32 if recipe.distributed == "fsdp2" else compute)
+    set_dtypes(model, compute)
     for part, total, trains in summary(model):
         logger.info("%s: %d parameters, %d of them train", part, total, trains)
     return model

@@ -109,7 +109,7 @@ class CuMoTrainer(Trainer):
         inputs = dict(inputs)
         rows: list[int] = inputs.pop("rows").tolist()
         self._step_rows += rows
-        output = model(**inputs)
+        output = model(**{**inputs, "use_cache": False})
         of_pass = count(inputs)
         parts = contributions(output, of_pass, self._step_counts)
         check_finite(parts, self.state.global_step + 1, lambda: self._places(rows))

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages from parts to an instructed model: what changes, what stays, what is written."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
 from cumo.train import Recipe, run_stage
+from cumo.train import stage as stage_module
 from cumo.train.stage import load_model, prepare_start
 from tests.train.tiny import read_log, recipe_of, write_parts
 
@@ -136,3 +139,67 @@ def test_other_arguments_of_trainer(sparse, data, tmp_path):
 
 def test_epochs(sparse, data, tmp_path):
     assert run(tmp_path, sparse, data, steps=None, epochs=0.5).steps == 3
+
+
+def test_activation_checkpointing_of_encoder_and_language_model(sparse, data, tmp_path, monkeypatch):
+    """Both recompute, and so draw the dropout of their first pass again: the same gradients."""
+    layers, caches = [], []
+
+    def watched(recipe, start):
+        model = load_model(recipe, start)
+        for layer in (*model.vision_tower.layers, *model.language_model.model.layers):
+            layer.register_forward_pre_hook(lambda layer, *_: layers.append(layer.gradient_checkpointing))
+        model.language_model.register_forward_pre_hook(
+            lambda _module, _args, options: caches.append(options["use_cache"]), with_kwargs=True
+        )
+        return model
+
+    monkeypatch.setattr("cumo.train.stage.load_model", watched)
+    lora = {"rank": 4, "dropout": 0.5}
+    norms = []
+    for checkpointing in (True, False):
+        folder = tmp_path / str(checkpointing)
+        run(folder, sparse, data, lora=lora, gradient_checkpointing=checkpointing)
+        assert layers and all(flag is checkpointing for flag in layers)
+        assert not any(caches), "no keys and values are kept"
+        layers.clear()
+        norms.append([(line["loss"], line["grad_norm"]) for line in read_log(folder)])
+    for one, other in zip(*norms, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_numbers_for_other_logs(sparse, data, tmp_path, monkeypatch):
+    """tensorboard and the like get plain numbers."""
+    told = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
+            told.append(logs)
+
+    original = stage_module._set_callbacks
+    monkeypatch.setattr(
+        stage_module,
+        "_set_callbacks",
+        lambda trainer, *rest: (original(trainer, *rest), trainer.add_callback(Listener())),
+    )
+    run(tmp_path, sparse, data)
+    logs = [log for log in told if "loss" in log]
+    assert len(logs) == 4 and all(isinstance(value, float) for log in logs for value in log.values())
+    log = next(log for log in logs if "vision_balance" in log)
+    assert {"lr/vision", "lr/routers", "tokens/s", "grad_norm", "router_entropy/connector"} <= set(log)
+    assert 0 <= log["expert_load/vision/0/2/least"] <= 0.25 <= log["expert_load/vision/0/2/most"] <= 1
+
+
+@pytest.mark.parametrize("shown", ["terminal", "file"])
+def test_progress(sparse, data, tmp_path, capsys, monkeypatch, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: shown == "terminal", raising=False)
+    run(tmp_path, sparse, data)
+    told = capsys.readouterr().err
+    assert "finetune" in told and "loss" in told and ("4/4" if shown == "terminal" else "step 4 of 4, loss ") in told
+
+
+def test_deepspeed_that_is_not_there(sparse, data, tmp_path):
+    if importlib.util.find_spec("deepspeed") is not None:
+        pytest.skip("DeepSpeed is there")
+    with pytest.raises(ValueError, match="distributed: expected ddp or fsdp2, as DeepSpeed is not installed"):
+        run(tmp_path, sparse, data, distributed="zero3.json")
