@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 from cumo.config import CuMoVisionConfig
 from cumo.models.multiscale import pool_tiles, resize, split_tiles
 from cumo.nn import MoEMLP
-from cumo.nn.upcycle import ACTIVATION_ALIASES
+from cumo.nn.upcycling import ACTIVATION_ALIASES
 from cumo_kernels import Routing
 
 

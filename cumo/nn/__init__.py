@@ -11,6 +11,7 @@
 """
 
 from cumo.nn.moe import MoEMLP, expert_load
-from cumo.nn.upcycle import upcycle_mlp
+from cumo.nn.upcycled import Upcycled, upcycle
+from cumo.nn.upcycling import upcycle_mlp
 
-__all__ = ["MoEMLP", "expert_load", "upcycle_mlp"]
+__all__ = ["MoEMLP", "Upcycled", "expert_load", "upcycle", "upcycle_mlp"]
