@@ -282,6 +282,12 @@ class CuMoProcessor(ProcessorMixin):
     def _pixels(self, pictures: list[Image.Image], size: int | None, options: dict[str, Any]) -> np.ndarray[Any, Any]:
         """[images, 3, H, H]; `size` in place of the H of the image processor."""
         options = {key: value for key, value in options.items() if key != "return_tensors"}
+        if self._is_plain_padding(options):
+            # The same steps without the copies between arrays and pictures, of which there are many: a long thin
+            # picture grows by orders of magnitude before it is scaled down.
+            side = size or self.image_processor.size["shortest_edge"]
+            pictures = [self._square(picture, side) for picture in pictures]
+            options["do_pad"] = False
         if size is not None:
             square = {"height": size, "width": size}
             by_edge = getattr(self.image_processor.size, "shortest_edge", None) or (
@@ -289,6 +295,27 @@ class CuMoProcessor(ProcessorMixin):
             )
             options.update(size={"shortest_edge": size} if by_edge else square, crop_size=square)
         return np.stack(self.image_processor(pictures, **options)["pixel_values"])
+
+    def _is_plain_padding(self, options: dict[str, Any]) -> bool:
+        """Whether pictures are padded to squares and scaled, with no options in the place of the processor's."""
+        processor = self.image_processor
+        crop = {key: processor.crop_size[key] for key in ("height", "width")} if processor.crop_size else {}
+        edge = getattr(processor.size, "shortest_edge", None) or dict(processor.size).get("shortest_edge")
+        return bool(
+            not options
+            and getattr(processor, "do_pad", False)
+            and processor.do_resize
+            and edge
+            and set(crop.values()) == {edge}
+        )
+
+    def _square(self, picture: Image.Image, side: int) -> Image.Image:
+        """Padded with the mean colour as transformers does it, and scaled to `side`."""
+        longest = max(picture.size)
+        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
+        padded = Image.new("RGB", (longest, longest), colour)
+        padded.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+        return padded.resize((side, side), resample=self.image_processor.resample)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:  # noqa: ARG002
         """How many placeholders pictures of these (height, width) take: all the same. vLLM asks for it."""

@@ -59,7 +59,7 @@ def create_app(
     scheduler = Scheduler(pipeline, limits)
     scheduler.metrics = metrics = Metrics(pipeline.features, lambda: scheduler.waiting)
     slots = Slots(limits.slots)
-    pool = ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 1)), thread_name_prefix="cumo-decode")
+    pool = ThreadPoolExecutor(min(4, max(2, os.cpu_count() or 1)), thread_name_prefix="cumo-decode")
     reader = ImageReader(limits, allow_urls, fetch)
 
     @asynccontextmanager

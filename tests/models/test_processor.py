@@ -264,6 +264,22 @@ def test_every_kind_of_picture_becomes_rgb(processor, image):
     assert processor(image(), IMAGE_TOKEN, return_tensors="pt")["pixel_values"].shape == (1, 3, 28, 28)
 
 
+@pytest.mark.parametrize(("width", "height"), [(30, 20), (20, 30), (28, 28), (1, 1), (300, 7), (7, 301), (57, 56)])
+@pytest.mark.parametrize("high_resolution_size", [None, 56])
+def test_padding_is_that_of_transformers(tokenizer, width, height, high_resolution_size):
+    """Pictures are padded and scaled without its copies, to the same pixels."""
+    image_processor = clip_image_processor(28)
+    processor = CuMoProcessor(image_processor, tokenizer, image_seq_length=4, high_resolution_size=high_resolution_size)
+    image = picture(height, width)
+    batch = processor(images=image, return_tensors="pt")
+    expected = image_processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=0)
+    if high_resolution_size is not None:
+        size = {"shortest_edge": 56}, {"height": 56, "width": 56}
+        expected = image_processor(image, size=size[0], crop_size=size[1], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(batch["pixel_values_large"][0], expected, rtol=0, atol=0)
+
+
 def test_pictures_are_turned_upright(tmp_path):
     image, exif = picture(4, 6), Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
