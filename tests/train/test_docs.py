@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/training.md names every key of a recipe, and none that does not exist."""
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from cumo.train import Recipe, load_recipe, shipped
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+ROWS = dict(
+    re.findall(r"^\| (`[^|]*`) \|(.*)\|$", TEXT.partition("## Keys of a recipe")[2].partition("## What is")[0], re.M)
+)
+
+
+def inner(kind):
+    """The dataclass of a field, if it is one or may be one."""
+    return next((option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)), None)
+
+
+def test_every_key_has_a_row():
+    named = {name for row in ROWS for name in re.findall(r"`([a-z_.]+)`", row)}
+    assert named == {field.name for field in dataclasses.fields(Recipe)} | {"data.packing"}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])
+def test_every_key_within_is_named(name):
+    kind = inner(typing.get_type_hints(Recipe)[name])
+    if kind is None:
+        return
+    told = "".join(text for row, text in ROWS.items() if f"`{name}" in row)
+    for field in dataclasses.fields(kind):
+        assert f"`{field.name}`" in told, field.name
+
+
+def test_overrides_of_the_examples_are_keys():
+    recipe = load_recipe("mistral-7b/finetune-lora").to_dict()
+    for path in re.findall(r"^(?:cumo|torchrun).*$", TEXT, re.M):
+        for key in re.findall(r" ([a-z_.]+)=", path):
+            value = recipe
+            for step in key.split("."):
+                assert step in value, (key, path)
+                value = value[step]
+
+
+def test_recipes_of_the_text_are_there():
+    for name in re.findall(r"`?((?:mistral-7b|mixtral-8x7b)/[a-z-]+)", TEXT):
+        assert name in shipped(), name
