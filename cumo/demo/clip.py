@@ -15,7 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from cumo.demo import scenes
 from cumo.demo.language import padded
 from cumo.demo.settings import Settings
-from cumo.demo.training import optimise
+from cumo.demo.training import device, optimise
 from cumo.models.processor import clip_image_processor
 
 EMBEDDING = 64
@@ -77,7 +77,8 @@ def pretrain(folder: Path, digits: scenes.Digits, tokenizer: Any, settings: Sett
     """
     rng = np.random.default_rng([settings.seed, 2])
     torch.manual_seed(settings.seed)
-    model = CLIPModel(_config(tokenizer, settings))
+    model: Any = CLIPModel(_config(tokenizer, settings))
+    model.to(device())
     processor = clip_image_processor(scenes.SIZE)
 
     def loss_of() -> Tensor:
@@ -85,8 +86,8 @@ def pretrain(folder: Path, digits: scenes.Digits, tokenizer: Any, settings: Sett
             model.logit_scale.clamp_(max=LARGEST_LOGIT_SCALE)
         pictures, captions = zip(*(random_pair(digits, rng) for _ in range(settings.clip_batch)), strict=True)
         rows = [tokenizer(text + tokenizer.eos_token)["input_ids"] for text in captions]
-        ids = padded(rows, -1)
-        pixels = torch.from_numpy(np.stack(processor(list(pictures))["pixel_values"]))
+        ids = padded(rows, -1).to(model.device)
+        pixels = torch.from_numpy(np.stack(processor(list(pictures))["pixel_values"])).to(model.device)
         output = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), pixel_values=pixels)
         return contrastive_loss(output.logits_per_image, list(captions))
 

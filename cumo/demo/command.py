@@ -45,13 +45,15 @@ def run(arguments: argparse.Namespace) -> None:
     from cumo.demo import report
     from cumo.demo.pipeline import RESULTS, Demo
     from cumo.demo.settings import FULL, QUICK
+    from cumo.demo.training import few_threads
 
     logging.getLogger("cumo").setLevel(logging.WARNING)
     settings = dataclasses.replace(QUICK if arguments.quick else FULL, seed=arguments.seed)
     began = time.perf_counter()
     demo = Demo(arguments.out, settings)
-    results = demo.run()
-    path = report.write(demo, results)
+    with few_threads():
+        results = demo.run()
+        path = report.write(demo, results)
     print(report.table(results))
     print(f"least load of an expert: {report.least_load(results['expert_load']):.1%}, "
           f"with coefficients of zero {report.least_load(results['expert_load_without_aux']):.1%}")  # fmt: skip

@@ -65,11 +65,11 @@ def write(target: Path, digits: scenes.Digits, settings: Settings) -> None:
     with written_aside(target) as folder:
         drawn = _draw(folder / "train", digits.train, settings.training_scenes, rng, settings.most_digits)
         captions = [_row(name, name, "What is there?", scenes.caption(scene)) for name, scene in drawn]
-        rows = []
-        for name, scene in drawn:
-            for kind in scenes.KINDS:
-                asked = scenes.question(scene, kind, rng)
-                rows.append(_row(f"{name} {kind}", name, asked.text, asked.answer))
+        rows = [
+            _row(f"{name} {number}", name, asked.text, asked.answer)
+            for name, scene in drawn
+            for number, asked in enumerate(scenes.questions(scene))
+        ]
         _dump(folder / CAPTIONS, captions)
         _dump(folder / QUESTIONS, rows)
         drawn = _draw(folder / "test", digits.test, settings.test_scenes, rng, settings.most_digits)

@@ -16,7 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from cumo.demo import scenes
 from cumo.demo.settings import Settings
-from cumo.demo.training import optimise
+from cumo.demo.training import device, optimise
 from cumo.models.prompts import CHAT_TEMPLATE, TEMPLATES, render_text
 from cumo.models.tokenizer import IMAGE_TOKEN
 
@@ -32,13 +32,14 @@ def chat_template() -> str:
 
 
 def random_text(rng: Generator, most: int) -> str:
-    """A conversation in which the picture is told in words."""
+    """A scene told in words, and then either told again in order or asked about."""
     scene = scenes.random_scene(rng, most)
+    facts = scenes.facts(scene)
+    told = ", ".join(facts[index] for index in rng.permutation(len(facts)))
+    if rng.random() < 0.5:
+        return f"<s>{told}\n{scenes.caption(scene)}\n"
     asked = scenes.question(scene, str(rng.choice(scenes.KINDS)), rng)
-    turns = [
-        {"from": "human", "value": f"{scenes.caption(scene)}\n{asked.text}"},
-        {"from": "gpt", "value": asked.answer},
-    ]
+    turns = [{"from": "human", "value": f"{told}\n{asked.text}"}, {"from": "gpt", "value": asked.answer}]
     return render_text(TEMPLATE, turns, system=SYSTEM)
 
 
@@ -105,14 +106,15 @@ def pretrain(folder: Path, settings: Settings) -> float:
         pad_token_id=tokenizer.pad_token_id,
         **rotations,
     )
-    model = MistralForCausalLM(config)
+    model: Any = MistralForCausalLM(config)
+    model.to(device())
 
     def loss_of() -> Tensor:
         rows = [
             tokenizer(random_text(rng, settings.most_digits), add_special_tokens=False)["input_ids"]
             for _ in range(settings.text_batch)
         ]
-        ids = padded(rows, -100)
+        ids = padded(rows, -100).to(model.device)
         logits = model(input_ids=ids.clamp(min=0)).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 

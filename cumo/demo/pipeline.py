@@ -161,7 +161,9 @@ class Demo:
                 "path": str(self.out / DATA / (dataset.CAPTIONS if stage == "pretrain" else dataset.QUESTIONS)),
                 "max_length": 256,
                 "workers": 0,
+                "group_by_modality_length": False,  # batches of one length would be batches of one kind of question
             },
+            "train": {"vision": stage != "pretrain" and settings.vision_lr},
             "optimizer": {"lr": getattr(settings, f"{stage}_lr"), "betas": [0.9, 0.98]},
             "schedule": {"name": "cosine", "warmup": 0.1},
             "batch": {"global_batch_size": settings.batch, "per_device_batch_size": settings.batch},

@@ -131,18 +131,27 @@ def random_scene(rng: Generator, most: int) -> Scene:
     return Scene(str(rng.choice(list(COLOURS))), tuple(items))
 
 
+def facts(scene: Scene) -> list[str]:
+    """What a scene shows, in pieces of words."""
+    return [f"{scene.ground} ground", *(f"{item.digit} at the {item.place}" for item in scene.items)]
+
+
 def caption(scene: Scene) -> str:
     """What a scene shows, in words."""
-    return ", ".join([f"{scene.ground} ground", *(f"{item.digit} at the {item.place}" for item in scene.items)])
+    return ", ".join(facts(scene))
+
+
+def questions(scene: Scene) -> list[Question]:
+    """All that can be asked about a scene."""
+    return [
+        *(Question("which", f"Which digit is at the {item.place}?", str(item.digit)) for item in scene.items),
+        *(Question("where", f"Where is the {item.digit}?", item.place) for item in scene.items),
+        Question("how many", "How many digits are there?", NUMBERS[len(scene.items)]),
+        Question("ground", "Which colour is the ground?", scene.ground),
+    ]
 
 
 def question(scene: Scene, kind: str, rng: Generator) -> Question:
-    """A question of that kind, about one of the digits or all."""
-    item = scene.items[rng.integers(len(scene.items))]
-    text, answer = {
-        "which": (f"Which digit is at the {item.place}?", str(item.digit)),
-        "where": (f"Where is the {item.digit}?", item.place),
-        "how many": ("How many digits are there?", NUMBERS[len(scene.items)]),
-        "ground": ("Which colour is the ground?", scene.ground),
-    }[kind]
-    return Question(kind, text, answer)
+    """A question of that kind, one of `questions`."""
+    asked = [one for one in questions(scene) if one.kind == kind]
+    return asked[rng.integers(len(asked))]

@@ -38,16 +38,18 @@ class Settings:
     text_width: int = 96
     text_layers: int = 4
     rope_theta: float = 30.0
-    text_steps: int = 300
-    text_batch: int = 16
+    text_steps: int = 600
+    text_batch: int = 32
     text_lr: float = 3e-3
 
     batch: int = 16
-    pretrain_steps: int = 200
+    pretrain_steps: int = 400
     pretrain_lr: float = 3e-3
-    prefinetune_steps: int = 2400
+    prefinetune_steps: int = 1600
     prefinetune_lr: float = 1.5e-3
-    instruct_steps: int = 400
+    vision_lr: float = 3e-4
+    """Of the encoder, whose features are good already; of all else the stage's."""
+    instruct_steps: int = 500
     instruct_lr: float = 1e-3
 
     def to_dict(self) -> dict[str, Any]:

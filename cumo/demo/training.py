@@ -5,14 +5,32 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+MOST_THREADS = 4  # more of them wait for one another: the matrices are small
 WARMUP = 0.1  # share of the steps
 LINE_SECONDS = 15.0
+
+
+def device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """At most `MOST_THREADS` threads of PyTorch within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, MOST_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def optimise(model: nn.Module, loss_of: Callable[[], Tensor], steps: int, lr: float, title: str) -> float:

@@ -14,10 +14,14 @@ pytest.importorskip("matplotlib", reason="draws the report")
 pytest.importorskip("accelerate", reason="the trainer of transformers needs it")
 
 from cumo.cli import main
+from cumo.data.encoding import SampleEncoder
+from cumo.data.formats import parse_row
 from cumo.demo import dataset, evaluate, pipeline, scenes
+from cumo.demo.language import TEMPLATE
 from cumo.demo.pipeline import DENSE, STAGES, WITHOUT_AUX, Demo, Outcome
 from cumo.demo.settings import QUICK
-from cumo.inference import CuMoPipeline
+from cumo.inference import CuMoPipeline, GenerationOptions
+from cumo.models.prompts import IGNORE_INDEX
 
 PARTS = ("language", "clip")
 SECTIONS = (
@@ -156,6 +160,19 @@ def test_checkpoints_answer_and_the_test_uses_them(run):
     assert found.texts == json.loads((out / "answers" / "instruct.json").read_text())["texts"]
     with Image.open(questions[0].picture) as image:
         assert image.size == (scenes.SIZE, scenes.SIZE)
+
+
+@pytest.mark.slow
+def test_questions_are_asked_as_they_were_trained_on(run):
+    out, _ = run
+    model = CuMoPipeline.from_pretrained(out / "instruct" / "final")
+    row = json.loads((out / "data" / dataset.QUESTIONS).read_text())[0]
+    trained = SampleEncoder(model.processor, TEMPLATE)(parse_row(row))
+    prompt = trained.input_ids[: next(i for i, label in enumerate(trained.labels) if label != IGNORE_INDEX)]
+    question = row["conversations"][1]["value"].removeprefix("<image>\n")
+    content = [{"type": "image", "image": out / "data" / row["image"]}, {"type": "text", "text": question}]
+    asked = model.prepare([{"role": "user", "content": content}], GenerationOptions())
+    assert list(asked.prompt_ids) == prompt
 
 
 @pytest.mark.slow

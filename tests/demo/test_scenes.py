@@ -77,4 +77,8 @@ def test_answers_are_what_the_scene_shows():
         ("How many digits are there?", "two"),
         ("Which colour is the ground?", "green"),
     }
+    rng = np.random.default_rng(0)
+    for kind in scenes.KINDS:
+        drawn = {scenes.question(scene, kind, rng) for _ in range(30)}
+        assert drawn == {one for one in scenes.questions(scene) if one.kind == kind}
     assert scenes.caption(scene) == "green ground, 4 at the top right, 9 at the bottom left"
