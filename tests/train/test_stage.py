@@ -3,17 +3,22 @@
 
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from cumo.checkpoints.convert import convert_to_published
+from cumo.config import CuMoConfig
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
 from cumo.train import Recipe, run_stage
 from cumo.train import stage as stage_module
 from cumo.train.stage import load_model, prepare_start
+from tests.numerics import relative_error
 from tests.train.tiny import read_log, recipe_of, write_parts
 
 
@@ -203,3 +208,30 @@ def test_deepspeed_that_is_not_there(sparse, data, tmp_path):
         pytest.skip("DeepSpeed is there")
     with pytest.raises(ValueError, match="distributed: expected ddp or fsdp2, as DeepSpeed is not installed"):
         run(tmp_path, sparse, data, distributed="zero3.json")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A model as the published code leaves it: its layout, and a tokenizer.model instead of a processor."""
+    mistral_common = pytest.importorskip("mistral_common", reason="holds the tokenizer model of Mistral")
+    folder = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    CuMoForConditionalGeneration(CuMoConfig.from_preset("tiny")).save_pretrained(folder / "native")
+    convert_to_published(folder / "native", folder / "model")
+    tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    shutil.copyfile(tokenizer, folder / "model" / "tokenizer.model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["whole", "lora"])
+def test_a_published_model_is_fine_tuned_with_its_experts(published, data, tmp_path, lora):
+    """The published project's own code resets them, or fails."""
+    start = CuMoForConditionalGeneration.from_pretrained(published)
+    result = run(tmp_path, str(published), data, lora=lora, train={"vision": False})
+    model = CuMoForConditionalGeneration.from_pretrained(result.folder)
+    states = start.state_dict(), model.state_dict()
+    assert states[0].keys() == states[1].keys()
+    differing = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert {name.split(".")[0] for name in differing} == {"connector", "language_model"}
+    assert relative_error(states[1]["connector.projection.up_proj"], states[0]["connector.projection.up_proj"]) < 0.5
+    assert CuMoProcessor.from_pretrained(result.folder).image_token_id == 32000
