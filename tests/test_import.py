@@ -24,3 +24,16 @@ def test_every_public_name_can_be_imported():
         assert getattr(cumo, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         cumo.Nothing  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CuMoConfig", "CuMoForConditionalGeneration", "CuMoProcessor", "CuMoVisionModel"])
+def test_every_name_can_be_the_first_that_is_imported(name):
+    """The Auto classes of transformers import our models while one of them imports the Auto classes."""
+    pytest.importorskip("transformers")
+    code = (
+        f"from cumo import {name}; from transformers import AutoModelForImageTextToText as A; from cumo import CuMoConfig; "
+        "assert CuMoConfig in A._model_mapping"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
