@@ -32,8 +32,8 @@ def test_every_name_can_be_the_first_that_is_imported(name):
     """The Auto classes of transformers import our models while one of them imports the Auto classes."""
     pytest.importorskip("transformers")
     code = (
-        f"from cumo import {name}; from transformers import AutoModelForImageTextToText as A; from cumo import CuMoConfig; "
-        "assert CuMoConfig in A._model_mapping"
+        f"from cumo import {name}, CuMoConfig; from transformers import AutoModelForImageTextToText as auto; "
+        "assert CuMoConfig in auto._model_mapping"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
