@@ -22,7 +22,8 @@ from cumo.models.tokenizer import IMAGE_TOKEN
 
 TEMPLATE = "mistral_instruct_system"
 SYSTEM = ""  # the published system prompt is half as long as all else of a small prompt
-SPECIAL = ("<unk>", "<s>", "</s>")
+# CLIP would take a text whose </s> had the id 2 for one of its first tokenizer, and look for its end elsewhere.
+SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
 TEXTS_FOR_TOKENIZER = 2000
 
 
@@ -60,13 +61,13 @@ def train_tokenizer(texts: list[str], size: int) -> Any:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    unk, bos, eos = SPECIAL
+    unk, pad, bos, eos = SPECIAL
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=unk,
         bos_token=bos,
         eos_token=eos,
-        pad_token=unk,
+        pad_token=pad,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

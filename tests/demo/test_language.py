@@ -21,7 +21,8 @@ def tokenizer(texts):
 
 def test_the_placeholder_comes_behind_the_vocabulary(tokenizer):
     assert tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == len(tokenizer) - 1
-    assert [tokenizer.convert_tokens_to_ids(token) for token in language.SPECIAL] == [0, 1, 2]
+    assert [tokenizer.convert_tokens_to_ids(token) for token in language.SPECIAL] == [0, 1, 2, 3]
+    assert tokenizer.eos_token_id != 2, "CLIP pools such texts at their largest id"
 
 
 @pytest.mark.parametrize("text", ["Which digit is at the top left?", "ünseen wörds, 漢字 \t\n 12", ""])
