@@ -221,7 +221,9 @@ def test_the_shipped_table_is_legal():
 def test_candidates_compile_without_a_gpu(tmp_path):
     """In a process of its own: here the interpreter is on."""
     command = [sys.executable, "-m", "cumo_kernels.tune", "--dry-run", "--layers", "connector, 8 tokens"]
-    result = subprocess.run([*command, "--budget", "1"], env={"PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, "--budget", "1"], env={"PATH": "", "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "reg     0 B spilled  forward n=4096 GemmTile(" in result.stdout
 
