@@ -137,11 +137,15 @@ def test_the_end_token_ends_an_answer(pipeline, monkeypatch):
     assert full.finish_reason == "length"
 
 
-def test_closing_a_stream_frees_the_model(pipeline):
-    long = GenerationOptions(max_new_tokens=10_000)
-    stream = pipeline.stream(CONVERSATIONS[0], long)
+def test_closing_a_stream_frees_the_model(pipeline, monkeypatch):
+    rows = []
+    run = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda batch: rows.extend(batch) or run(batch))
+    stream = pipeline.stream(CONVERSATIONS[0], GenerationOptions(max_new_tokens=10_000))
     assert next(stream)
     stream.close()
+    assert rows[0].completion().finish_reason == "cancelled"
+    assert rows[0].tokens < 5_000
     assert pipeline.generate([CONVERSATIONS[0]], GREEDY)[0].text
     assert not [thread for thread in threading.enumerate() if thread.name == "cumo-stream"]
 

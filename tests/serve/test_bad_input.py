@@ -79,6 +79,7 @@ BAD_PICTURES = [
     pytest.param(lambda: data_url(b""), 400, "expected a picture in one of the formats", id="empty-file"),
     pytest.param(lambda: data_url(png_header(40000, 40000)), 413, "pixels, got", id="40000x40000"),
     pytest.param(lambda: data_url(png_header(12000, 12000)), 413, "pixels, got", id="above-the-warning-of-pillow"),
+    pytest.param(lambda: data_url(png_header(8000, 8000)), 413, "pixels, got 8000 x 8000", id="64-million-pixels"),
     pytest.param(lambda: data_url(png_header(40000, 100)), 413, "expected sides up to 8192 pixels", id="long-and-thin"),
     pytest.param(lambda: data_url(png_header(0, 7)), 400, "expected a picture in one of", id="no-width"),
     pytest.param(lambda: data_url(png_header(64, 64)), 400, "damaged or cut off", id="pixels-missing"),
