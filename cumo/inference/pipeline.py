@@ -277,7 +277,7 @@ class CuMoPipeline:
         table: Any = self.model.get_input_embeddings()
         device = table.weight.device
         features = [self.picture_embeddings(picture) for row in rows for picture in row.pictures]
-        stacked = torch.stack(features) if features else None
+        stacked = torch.stack(features).to(device) if features else None  # parts may lie on several devices
         return self.model.embed(ids.to(device), stacked), mask.to(device)
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of a tiny model: the same batched, streamed, one by one and from cached features; options of each row."""
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cumo.checkpoints.convert import convert_to_published
 from cumo.inference import CuMoPipeline, GenerationOptions
-from tests.inference.tiny import ask, picture
+from tests.inference.tiny import ask, picture, tokenizer_model
 
 GREEDY = GenerationOptions(max_new_tokens=16)
 CONVERSATIONS = [
@@ -51,6 +53,13 @@ def test_answers_are_those_of_the_model_and_its_processor(pipeline):
         (completion,) = pipeline.generate([conversation], GREEDY)
         assert completion.text == expected.strip()
         assert completion.prompt_tokens == inputs["input_ids"].shape[1]
+
+
+def test_the_published_layout(folder, pipeline, tmp_path):
+    convert_to_published(folder, tmp_path / "published")
+    shutil.copy(tokenizer_model(), tmp_path / "published/tokenizer.model")
+    published = CuMoPipeline.from_pretrained(tmp_path / "published", device="cpu")
+    assert published.generate(CONVERSATIONS, GREEDY) == pipeline.generate(CONVERSATIONS, GREEDY)
 
 
 @pytest.mark.slow
