@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from cumo.data.dataset import BadSampleError, ConversationDataset, Example, coprime_near
-from cumo.models.prompts import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,6 @@ class PackedDataset(Dataset[Example]):
         """One row, with what each sample has."""
         for example in examples:
             example["position_ids"] = torch.arange(len(example["input_ids"]))
-            example["labels"][0] = IGNORE_INDEX  # what the sample before it would predict
         names = dict.fromkeys(name for example in examples for name in example)
         row = {name: torch.cat([example[name] for example in examples if name in example]) for name in names}
         if len(row["input_ids"]) > self.max_length:

@@ -61,7 +61,7 @@ def test_a_row(files, processor):
         starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
         lengths = [len(example["input_ids"]) for example in examples]
         assert starts == np.cumsum([0, *lengths[:-1]]).tolist()
-        assert (row["labels"][starts] == -100).all()
+        assert (row["labels"][starts] == -100).all(), "the sample before it does not predict a BOS"
         assert row["row"].tolist() == members
         assert sum(len(example.get("pixel_values", ())) for example in examples) == len(row.get("pixel_values", ()))
         assert packed.lengths[number] == len(row["input_ids"]) <= 600

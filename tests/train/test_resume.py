@@ -45,10 +45,9 @@ def recipe_for(folder, model, data, **changes):
         model,
         data,
         batch={"per_device_batch_size": 2},
-        steps=STEPS,
         checkpoint={"save_steps": 3, "total_limit": 1},
         optimizer={"lr": 3e-3},
-        **changes,
+        **{"steps": STEPS, **changes},
     )
 
 
@@ -139,6 +138,22 @@ def test_going_on_with_workers_and_in_other_passes_sees_the_same_samples(uninter
         assert line["lm_loss"] != other["lm_loss"], "dropout is drawn anew"
         assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=0.1)
         assert line.get("connector_z", 0.0) == pytest.approx(other.get("connector_z", 0.0), rel=0.02)
+
+
+def test_going_on_within_the_steps_of_a_log_line(sparse, data, tmp_path):
+    """What was summed up before the checkpoint counts."""
+    logs = []
+    for name in ("whole", "stopped"):
+        recipe = recipe_for(tmp_path / name, sparse, data, log_steps=2, steps=6)
+        recipe["checkpoint"] = {"save_steps": 3, "total_limit": 3}
+        run_stage(Recipe.from_dict(recipe))
+        if name == "stopped":
+            for folder in ("final", "checkpoint-6"):
+                shutil.rmtree(tmp_path / name / folder)
+            run_stage(Recipe.from_dict(recipe))
+        logs.append(without_clock(read_log(tmp_path / name)))
+    assert [line["step"] for line in logs[0]] == [2, 4, 6]
+    assert logs[0] == logs[1]
 
 
 def test_a_log_line_cut_off_is_no_obstacle(uninterrupted, model, data, tmp_path):
