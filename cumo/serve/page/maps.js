@@ -169,7 +169,8 @@ export class ExpertPanel {
     const { layer, choice, only } = this.state;
     const strength = Number($("strength").value) / 100;
     context.globalAlpha = 1;
-    context.filter = `grayscale(${Math.min(1, 2 * strength)})`; // so that colours are those of experts
+    const pale = Math.min(1, 2 * strength); // grey and light, so that colours are those of experts
+    context.filter = `grayscale(${pale}) contrast(${1 - 0.3 * pale}) brightness(${1 + 0.3 * pale})`;
     context.drawImage(this.image, 0, 0, size, size);
     context.filter = "none";
     const edge = (index, count) => Math.round((index * size) / count);
