@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ def run_stage(recipe: Recipe) -> StageResult:
     if done.is_file():
         logger.info("%s: done already", recipe.folder / FINAL)
         return _result_of(recipe)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a sample is tokenized at a time, by workers that fork
     recipe.batch.accumulation(processes())
     if processes() > 1:
         training_arguments(recipe, 1)  # joins the processes, which are to wait for the first one

@@ -114,6 +114,13 @@ def test_experts_of_the_language_model(data, tmp_path):
     assert sum(line["expert_load"]["text"]["1"]) == pytest.approx(1)
 
 
+def test_upcycling_the_language_model(dense, data, tmp_path):
+    result = run(tmp_path, dense, data, stage="instruct", upcycle={"text": 4, "noise": 0.1})
+    config = CuMoForConditionalGeneration.from_pretrained(result.folder).config
+    assert config.text_config.num_local_experts == 4 and config.vision_config.num_experts == 1
+    assert set(read_log(tmp_path)[0]["expert_load"]) == {"text"}
+
+
 @pytest.mark.parametrize("packing", [None, {"max_length": 400, "max_images": 3}], ids=["plain", "packed"])
 def test_training_learns(sparse, data, tmp_path, packing):
     options = {"data": {"packing": packing}, "steps": 25, "optimizer": {"lr": 1e-2}}
