@@ -81,7 +81,10 @@ class Chat:
         elif command == "/image" and argument.strip():
             try:
                 self.show(argument.strip())
-            except (ValueError, OSError) as error:
+            except OSError as error:
+                reason = f"{error.filename}: {error.strerror}" if error.strerror else str(error)
+                self._say(f"[no picture: {reason}]\n")
+            except ValueError as error:
                 self._say(f"[no picture: {error}]\n")
         elif command == "/help":
             self._say(f"{HELP}\n")
