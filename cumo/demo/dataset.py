@@ -75,9 +75,8 @@ def write(target: Path, digits: scenes.Digits, settings: Settings) -> None:
         drawn = _draw(folder / "test", digits.test, settings.test_scenes, rng, settings.most_digits)
         rows = []
         for name, scene in drawn:
-            for kind in scenes.KINDS:
-                asked = scenes.question(scene, kind, rng)
-                rows.append(_row(f"{name} {kind}", name, asked.text, asked.answer, kind=kind))
+            for asked in scenes.one_of_each_kind(scene, rng):
+                rows.append(_row(f"{name} {asked.kind}", name, asked.text, asked.answer, kind=asked.kind))
         _dump(folder / TEST, rows)
         Image.new("RGB", (scenes.SIZE, scenes.SIZE), BLANK_GREY).save(folder / BLANK)
 

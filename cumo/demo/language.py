@@ -39,7 +39,8 @@ def random_text(rng: Generator, most: int) -> str:
     told = ", ".join(facts[index] for index in rng.permutation(len(facts)))
     if rng.random() < 0.5:
         return f"<s>{told}\n{scenes.caption(scene)}\n"
-    asked = scenes.question(scene, str(rng.choice(scenes.KINDS)), rng)
+    questions = scenes.questions(scene)
+    asked = questions[rng.integers(len(questions))]
     turns = [{"from": "human", "value": f"{told}\n{asked.text}"}, {"from": "gpt", "value": asked.answer}]
     return render_text(TEMPLATE, turns, system=SYSTEM)
 

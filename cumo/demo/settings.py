@@ -16,8 +16,8 @@ class Settings:
     most_digits: int = 2
     """In a scene."""
     training_scenes: int = 8000
-    test_scenes: int = 200
-    """Each is asked one question of every kind."""
+    test_scenes: int = 250
+    """Each is asked one question of every kind that fits it."""
 
     patch_size: int = 8
     scales: tuple[int, ...] = (1, 2)

@@ -89,7 +89,7 @@ def test_results_tell_of_every_stage(results):
         assert stage["loss"] > 0
         assert stage["seconds"] > 0
         assert (stage["accuracy"] is None) == (stage["name"] in PARTS)
-    assert results["questions"] == QUICK.test_scenes * len(scenes.KINDS)
+    assert 3 * QUICK.test_scenes < results["questions"] < 4 * QUICK.test_scenes
     for by_kind in (*results["accuracy_by_kind"].values(), results["blank_pictures"]["by_kind"]):
         assert set(by_kind) == set(scenes.KINDS)
     assert results["control"]["name"] == DENSE
