@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 FINAL, START, DENSE, RESULT = "final", "start", "start-dense", "result.json"
 # What may differ between the runs of one `output_dir`, as the steps do not depend on it
 _FREE = (
-    "output_dir", "log_steps", "report_to", "checkpoint.", "data.workers", "batch.per_device_batch_size",
-    "distributed", "trainer.", "attention", "gradient_checkpointing",
+    "output_dir", "log_steps", "report_to", "checkpoint.", "data.workers", "batch.per_device_batch_size", "trainer.",
+    "attention", "gradient_checkpointing",
 )  # fmt: skip
 
 
