@@ -52,8 +52,8 @@ def assemble_checkpoint(
     Raises:
         ValueError: a folder holds something else, or is incomplete or damaged. There is no `target` then.
     """
-    encoder, tokenizer = _encoder_config(vision), _tokenizer(text)
-    language_model = _language_model(text)
+    encoder, tokenizer = _encoder_config(vision), _tokenizer(text)  # what takes a moment comes before what takes long
+    language_model = AutoModelForCausalLM.from_pretrained(text, dtype="auto")
     config = CuMoConfig(
         vision_config=CuMoVisionConfig(
             encoder_config=encoder,
@@ -127,19 +127,15 @@ def write_model(
         model.generation_config.save_pretrained(folder)
 
 
-def _language_model(folder: Path) -> Any:
-    config = read_config(folder)
-    if config.get("model_type") in (CuMoConfig.model_type, *ENCODERS, "clip", "siglip"):
-        raise ValueError(f"{folder}: expected a language model, got model_type {config['model_type']!r}")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-
-
 def _tokenizer(folder: Path) -> Any:
     """That of the folder, with `<image>` as a special token.
 
     Mistral's is made from its tokenizer.model, where there is one; another tokenizer.json is taken as it stands, as
     AutoTokenizer takes Mistral's for another kind of tokenizer.
     """
+    config = read_config(folder)
+    if config.get("model_type") in (CuMoConfig.model_type, *ENCODERS, "clip", "siglip"):
+        raise ValueError(f"{folder}: expected a language model, got model_type {config['model_type']!r}")
     if (folder / "tokenizer.model").is_file():
         return mistral_tokenizer(folder / "tokenizer.model")
     whole = (folder / "tokenizer.json").is_file()
