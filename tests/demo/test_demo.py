@@ -21,6 +21,7 @@ from cumo.demo.language import TEMPLATE
 from cumo.demo.pipeline import DENSE, STAGES, WITHOUT_AUX, Demo, Outcome
 from cumo.demo.settings import QUICK
 from cumo.inference import CuMoPipeline, GenerationOptions
+from cumo.models.multiscale import resize, split_tiles
 from cumo.models.prompts import IGNORE_INDEX
 
 PARTS = ("language", "clip")
@@ -104,6 +105,22 @@ def test_results_tell_the_load_of_every_layer_and_scale(results, key):
         assert len(shares) == QUICK.experts
         assert sum(shares) == pytest.approx(1)
     assert all(set(layer) == {"1", "2"} for layer in load["vision"].values())
+
+
+@pytest.mark.slow
+def test_loads_are_those_of_each_scale_alone(run):
+    out, _ = run
+    pictures = sorted({question.picture for question in dataset.read_test(out / "data")})
+    model = CuMoPipeline.from_pretrained(out / "instruct" / "final")
+    load = evaluate.expert_load(model, pictures)
+    pixels = model.processor(images=pictures, return_tensors="pt")["pixel_values"]
+    for scale in QUICK.scales:
+        tiles = split_tiles(resize(pixels, scale * scenes.SIZE), scale)
+        with torch.inference_mode():
+            _, routings = model.model.vision_tower.encode(tiles)
+        for layer, routing in enumerate(routings):
+            shares = [(routing.expert_TK == expert).float().mean().item() for expert in range(QUICK.experts)]
+            assert load["vision"][str(layer)][str(scale)] == pytest.approx(shares, abs=0.01), (layer, scale)
 
 
 @pytest.mark.slow
