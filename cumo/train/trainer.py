@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from cumo.train import adapters, checkpoints
 from cumo.train.losses import NonFiniteError, check_finite, contributions, count, count_step, weighted
@@ -243,6 +244,15 @@ class CuMoTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             adapters.load(Path(resume_from_checkpoint), self.plain_model())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """To the CPU first: before 5.23 Trainer maps them to "cpu:0", of which PyTorch knows nothing."""
+        if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for owner, file in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            state = torch.load(Path(checkpoint) / file, map_location="cpu", weights_only=True)
+            owner.load_state_dict(state)  # type: ignore[union-attr]
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint to the end."""
