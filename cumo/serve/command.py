@@ -12,6 +12,7 @@ from typing import Any
 
 from cumo.inference.arguments import add_model_arguments, load_pipeline
 from cumo.serve.limits import Limits
+from cumo.serve.memory import settle
 
 KEY_VARIABLE = "CUMO_API_KEY"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         allow_urls=arguments.allow_urls,
         allowed_hosts=allowed_hosts(arguments.host, arguments.allowed_host),
     )
+    settle()
     uvicorn.run(app, host=arguments.host, port=arguments.port, **server_options(limits))
 
 
