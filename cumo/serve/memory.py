@@ -31,11 +31,14 @@ def settle() -> None:
 
 
 async def give_back() -> None:
-    """Hand free memory back every few seconds, until it is cancelled; nothing where the C library has no such call.
+    """Collect garbage and hand free memory back, every few seconds, until it is cancelled.
 
     Large bodies and pictures come and go in many threads, and glibc keeps the holes that they leave.
     """
     trim = _trim()
-    while trim is not None:
+    while True:
         await asyncio.sleep(SECONDS)
-        await asyncio.to_thread(trim, 0)
+        if gc.get_freeze_count():  # otherwise it would take a while, in which nothing else runs
+            gc.collect()
+        if trim is not None:
+            await asyncio.to_thread(trim, 0)
