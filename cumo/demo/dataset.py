@@ -19,7 +19,7 @@ from cumo.demo.settings import Settings
 from cumo.models.tokenizer import IMAGE_TOKEN
 
 CAPTIONS, QUESTIONS, TEST = "captions.json", "questions.json", "test.json"
-BLANK, BLANK_GREY = "blank.png", (128, 128, 128)
+BLANK = "blank.png"  # an empty ground, as a picture unlike any other would be answered with nonsense
 
 
 class TestQuestion(NamedTuple):
@@ -78,7 +78,7 @@ def write(target: Path, digits: scenes.Digits, settings: Settings) -> None:
             for asked in scenes.one_of_each_kind(scene, rng):
                 rows.append(_row(f"{name} {asked.kind}", name, asked.text, asked.answer, kind=asked.kind))
         _dump(folder / TEST, rows)
-        Image.new("RGB", (scenes.SIZE, scenes.SIZE), BLANK_GREY).save(folder / BLANK)
+        Image.fromarray(scenes.draw_ground("black", rng)).save(folder / BLANK)
 
 
 def _dump(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -35,6 +35,7 @@ class Outcome(NamedTuple):
     name: str
     steps: int
     loss: float
+    """Mean over the last tenth of the steps; of the language model's, without auxiliary losses, where it takes part."""
     accuracy: float | None
     """Over all questions of the test; None for the two parts, which cannot be asked."""
     seconds: float
@@ -186,7 +187,12 @@ class Demo:
     def _train(self, name: str) -> Outcome:
         say(f"{name}: training")
         result = run_stage(self.recipe(name))
-        return Outcome(name, result.steps, result.loss, self._answers(name)["accuracy"], result.seconds)
+        losses = [record["lm_loss"] for record in self.log(name) if record["step"] > 0.9 * result.steps]
+        return Outcome(name, result.steps, sum(losses) / len(losses), self._answers(name)["accuracy"], result.seconds)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """What a stage of training logged, a record for each step."""
+        return [json.loads(line) for line in (self.out / name / "log.jsonl").read_text().splitlines()]
 
     def example(self) -> Path:
         """A picture of the test."""

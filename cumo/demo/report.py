@@ -41,7 +41,7 @@ def write(demo: Demo, results: Mapping[str, Any]) -> Path:
         demo: that ran.
         results: of it.
     """
-    logs = {name: _log(demo.out / name / "log.jsonl") for name in (*STAGES, DENSE, WITHOUT_AUX)}
+    logs = {name: demo.log(name) for name in (*STAGES, DENSE, WITHOUT_AUX)}
     blank = results["blank_pictures"]["by_kind"]
     kinds = {name: results["accuracy_by_kind"][name] for name in (*STAGES, DENSE)}
     panels = {
@@ -104,10 +104,6 @@ def _template(name: str) -> Template:
     return Template(importlib.resources.files("cumo.demo").joinpath(name).read_text(encoding="utf-8"))
 
 
-def _log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def _final(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(stage for stage in results["stages"] if stage["name"] == "instruct")
 
@@ -137,7 +133,8 @@ def _about_stages(results: Mapping[str, Any]) -> str:
     return (
         "Accuracy over all questions of the test, after each stage. The last three rows are to compare with: the final "
         "model when every picture is blank, and the last stage once more without experts and with auxiliary losses of "
-        f"weight zero. Seconds are those of training; with the answers they come to {results['seconds']:.0f}."
+        "weight zero. Losses are those of the language model. Seconds are those of training; with the answers they "
+        f"come to {results['seconds']:.0f}."
     )
 
 
