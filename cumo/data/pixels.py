@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's preprocessing of training pictures: the same bits as the image processor's, in less than half of its time."""
+"""CLIP's preprocessing of training pictures: the same bits as the image processor's, by table."""
 
 from __future__ import annotations
 
