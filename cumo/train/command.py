@@ -63,3 +63,13 @@ def _train(recipe: Recipe) -> None:
     result = run_stage(recipe)
     if first:
         print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}")
+    _part()
+
+
+def _part() -> None:
+    """Leave the other processes together with them: one that just exits may abort while they still talk."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
