@@ -146,7 +146,7 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def expect(self, pattern, timeout=60.0):
+    def expect(self, pattern, timeout=180.0):
         """What comes until the pattern."""
         end = time.monotonic() + timeout
         while not (match := re.search(pattern, self.seen)):
