@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient checkpointing of both kinds, DDP and FSDP2 compute the loss and the gradients of a plain run."""
 
-import socket
 import warnings
 
 import pytest
@@ -82,12 +81,6 @@ def test_reentrant_checkpoints_around_experts_of_the_language_model_are_refused(
         checkpointed("mixtral", reentrant=True)
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def shard(model):
     """FSDP2 over every block, as Trainer and accelerate do it by `_no_split_modules`."""
     for block in (*model.vision_tower.layers, model.connector, *model.language_model.model.layers):
@@ -95,10 +88,10 @@ def shard(model):
     return fully_shard(model)
 
 
-def run_rank(rank, port, kind, kinds, results):
+def run_rank(rank, meeting, kind, kinds, results):
     """One process: loss and full gradients of its own batch, averaged over the processes."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
     model = model_of()
     if kind == "FSDP2":
         model = wrapped = shard(model)
@@ -114,6 +107,7 @@ def run_rank(rank, port, kind, kinds, results):
     distributed.all_reduce(loss.detach_())
     if rank == 0:
         torch.save((loss / WORLD, grads), results)
+    distributed.barrier()  # one that leaves early may abort while the other still talks to it
     distributed.destroy_process_group()
 
 
@@ -122,6 +116,6 @@ def run_rank(rank, port, kind, kinds, results):
 @pytest.mark.parametrize("kind", ["FSDP2", "DDP"])
 def test_two_processes(kind, kinds, tmp_path):
     results = tmp_path / "results"
-    torch.multiprocessing.spawn(run_rank, (free_port(), kind, kinds, results), nprocs=WORLD)
+    torch.multiprocessing.spawn(run_rank, (tmp_path / "meeting", kind, kinds, results), nprocs=WORLD)
     loss, grads = torch.load(results)
     assert_same(loss, grads, plain([batch_of(k, rank) for rank, k in enumerate(kinds)]))
