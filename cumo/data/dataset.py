@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,12 +147,7 @@ class ConversationDataset(Dataset[Example]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        size = len(self)
-        if not -size <= index < size:
-            raise IndexError(f"index: expected less than {size}, got {index}")
-        stride = coprime_near(0.618 * size, size)
-        for step in range(size):
-            place = (index + step * stride) % size
+        for place in with_stand_ins(index, len(self)):
             if self._bad[self._rows[place]]:
                 continue
             try:
@@ -288,7 +283,19 @@ class ConversationDataset(Dataset[Example]):
         return [f"{self.indices[number].path}:{self.indices[number].lines[row]}" for number, row in places]
 
 
-def coprime_near(value: float, size: int) -> int:
+def with_stand_ins(index: int, size: int) -> Iterator[int]:
+    """The place asked for, then all others in a fixed order in which the stand-ins of neighbours lie far apart.
+
+    Raises:
+        IndexError: there is no such place.
+    """
+    if not -size <= index < size:
+        raise IndexError(f"index: expected less than {size}, got {index}")
+    stride = _coprime_near(0.618 * size, size)
+    return ((index + step * stride) % size for step in range(size))
+
+
+def _coprime_near(value: float, size: int) -> int:
     """A step that reaches every one of `size` places, and takes the neighbours of a place far apart."""
     step = max(1, round(value))
     while math.gcd(step, size) != 1:

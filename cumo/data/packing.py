@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from cumo.data.dataset import BadSampleError, ConversationDataset, Example, coprime_near
+from cumo.data.dataset import BadSampleError, ConversationDataset, Example, with_stand_ins
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,8 @@ class PackedDataset(Dataset[Example]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        size = len(self)
-        if not -size <= index < size:
-            raise IndexError(f"index: expected less than {size}, got {index}")
-        stride = coprime_near(0.618 * size, size)
-        for step in range(size):
-            examples = self._load(self.rows[(index + step * stride) % size])
+        for place in with_stand_ins(index, len(self)):
+            examples = self._load(self.rows[place])
             if examples:
                 return self._join(examples)
         raise ValueError("dataset: expected at least one good sample, got none")
