@@ -107,6 +107,14 @@ class CuMoVisionConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a value does not fit.
+
+    Examples:
+        >>> from cumo import CuMoVisionConfig
+        >>> config = CuMoVisionConfig()
+        >>> config.num_patches, config.feature_size  # 24 x 24 patches, two scales of width 1024
+        (576, 2048)
+        >>> config.num_used_layers, config.encoder_config.num_hidden_layers
+        (23, 24)
     """
 
     model_type = "cumo_vision"
@@ -182,9 +190,18 @@ class CuMoConfig(PreTrainedConfig):
         router_z_loss_coef: weight of every z-loss.
         image_token_id: id of the placeholder, one for each feature of a picture; by default the id after the
             vocabulary, as it is never looked up in the embedding.
+        tie_word_embeddings: taken from `text_config`, whatever is given.
 
     Raises:
         ValueError: a value does not fit.
+
+    Examples:
+        >>> from cumo import CuMoConfig
+        >>> config = CuMoConfig.from_preset("mistral-7b", aux_loss="switch")
+        >>> config.vision_config.num_experts, config.connector_num_experts, config.image_token_id
+        (4, 4, 32000)
+        >>> CuMoConfig(text_config={"model_type": "llama", "hidden_size": 64}).text_config.hidden_size
+        64
     """
 
     model_type = "cumo"

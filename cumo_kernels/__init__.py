@@ -2,14 +2,15 @@
 """Fused Mixture-of-Experts layers for PyTorch, in Triton.
 
 The layer is five operations and their fusion, all differentiable, each with a reference of the same signature in
-`cumo_kernels.reference`:
+`cumo_kernels.reference`.
 
->>> import torch, cumo_kernels as ck
->>> x_TD, gate_ED = torch.randn(10, 8), torch.randn(4, 8)
->>> w1_EFD, w2_EOF = torch.randn(4, 16, 8), torch.randn(4, 6, 16)
->>> routing = ck.topk_gating(x_TD @ gate_ED.T, top_k=2)
->>> ck.moe_mlp(x_TD, routing.weight_TK, routing.expert_TK, w1_EFD, w2_EOF).shape
-torch.Size([10, 6])
+Examples:
+    >>> import torch, cumo_kernels as ck
+    >>> x_TD, gate_ED = torch.randn(10, 8), torch.randn(4, 8)
+    >>> w1_EFD, w2_EOF = torch.randn(4, 16, 8), torch.randn(4, 6, 16)
+    >>> routing = ck.topk_gating(x_TD @ gate_ED.T, top_k=2)
+    >>> ck.moe_mlp(x_TD, routing.weight_TK, routing.expert_TK, w1_EFD, w2_EOF).shape
+    torch.Size([10, 6])
 """
 
 from cumo_kernels.activations import ACTIVATIONS

@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activations in eager PyTorch, by name; `kernels/epilogues.py` holds the Triton twin of each."""
+"""Activations in eager PyTorch, by name; `kernels/epilogues.py` holds the Triton twin of each.
+
+Examples:
+    >>> import torch, cumo_kernels as ck
+    >>> list(ck.ACTIVATIONS)
+    ['gelu', 'gelu_tanh', 'quick_gelu', 'silu', 'relu', 'relu2']
+    >>> ck.ACTIVATIONS["relu2"](torch.tensor([-1.0, 3.0])).tolist()
+    [0.0, 9.0]
+"""
 
 from __future__ import annotations
 
@@ -33,3 +41,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu2": relu2,
 }
+"""By name, elementwise functions in eager PyTorch, from a tensor to one of the same shape and dtype."""

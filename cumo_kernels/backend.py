@@ -31,8 +31,18 @@ def use_backend(name: str) -> Iterator[None]:
 
     The backward of an operation runs on the backend of its forward.
 
+    Args:
+        name: "triton" or "reference". That it can run is found out by the first operation; see `backend_for`.
+
     Raises:
         ValueError: `name` is neither.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> with ck.use_backend("reference"):  # the oracle, in eager PyTorch and in float64 too
+        ...     weight_TK = ck.topk_gating(torch.zeros(2, 4, dtype=torch.float64), top_k=2).weight_TK
+        >>> weight_TK.tolist(), weight_TK.dtype
+        ([[0.5, 0.5], [0.5, 0.5]], torch.float64)
     """
     check_one_of("backend", name, BACKENDS)
     global _forced

@@ -22,6 +22,12 @@ class Routing(NamedTuple):
     """What the router decided for each token, and its auxiliary losses.
 
     `weight_TK`, `mean_probs_SE` and both losses are differentiable with respect to the logits.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> routing = ck.topk_gating(torch.randn(6, 4), top_k=2, segment=3)  # two images of three tokens
+        >>> {name: tuple(tensor.shape) for name, tensor in routing._asdict().items()}
+        {'weight_TK': (6, 2), 'expert_TK': (6, 2), 'balance_S': (2,), 'z_S': (2,), 'mean_probs_SE': (2, 4)}
     """
 
     weight_TK: Tensor
@@ -36,9 +42,13 @@ class Routing(NamedTuple):
     """`mean_probs_SE[s, e]` = mean over segment s of p[t, e] (float32): what other balance losses are made of."""
 
     def validate(self, num_experts: int) -> None:
-        """Raise `ValueError` where shapes disagree or a token names an expert twice or out of range.
+        """Check the invariants. Reads the tensors on the host, so it synchronises: for tests and debugging.
 
-        Reads the tensors on the host, so it synchronises: for tests and debugging.
+        Args:
+            num_experts: E.
+
+        Raises:
+            ValueError: shapes disagree, or a token names an expert twice or out of range.
         """
         size = check_shapes(
             weight_TK=(self.weight_TK, "T K"),
@@ -63,16 +73,19 @@ class DispatchPlan(NamedTuple):
     """Tokens laid out in rows sorted by expert: a stable counting sort of `expert_TK`, without padding.
 
     Ids outside 0..E-1 (the sentinels of expert parallelism) are ignored: their rows stand last and belong to
-    no expert. An example with T = 3, K = 2, E = 3:
+    no expert.
 
-    >>> import torch, cumo_kernels as ck
-    >>> plan = ck.plan_dispatch(torch.tensor([[0, 2], [2, 0], [2, 3]], dtype=torch.int32), num_experts=3)
-    >>> plan.offset_E1.tolist()     # experts 0, 1 and 2 own 2, 0 and 3 rows; the id 3 is ignored
-    [0, 2, 2, 5]
-    >>> plan.token_N.tolist()
-    [0, 1, 0, 1, 2, -1]
-    >>> plan.slot_TK.tolist()
-    [[0, 2], [3, 1], [4, -1]]
+    Examples:
+        T = 3, K = 2, E = 3, with a sentinel:
+
+        >>> import torch, cumo_kernels as ck
+        >>> plan = ck.plan_dispatch(torch.tensor([[0, 2], [2, 0], [2, 3]], dtype=torch.int32), num_experts=3)
+        >>> plan.offset_E1.tolist()  # experts 0, 1 and 2 own 2, 0 and 3 rows; the id 3 is ignored
+        [0, 2, 2, 5]
+        >>> plan.token_N.tolist()
+        [0, 1, 0, 1, 2, -1]
+        >>> plan.slot_TK.tolist()
+        [[0, 2], [3, 1], [4, -1]]
     """
 
     token_N: Tensor
@@ -90,7 +103,11 @@ class DispatchPlan(NamedTuple):
         return self.offset_E1.shape[0] - 1
 
     def validate(self) -> None:
-        """Raise `ValueError` where an invariant does not hold. Synchronises: for tests and debugging."""
+        """Check the invariants. Reads the tensors on the host, so it synchronises: for tests and debugging.
+
+        Raises:
+            ValueError: one of them does not hold.
+        """
         size = check_shapes(
             token_N=(self.token_N, "N"),
             route_N=(self.route_N, "N"),

@@ -120,6 +120,15 @@ def convert_to_native(
 
     Raises:
         ValueError: files are absent or damaged, or tensors do not fit the configuration. There is no `target` then.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from cumo import CuMoForConditionalGeneration
+        >>> convert_to_published(Path("checkpoint"), Path("published"))
+        >>> convert_to_native(Path("published"), Path("native"))
+        >>> one, other = (CuMoForConditionalGeneration.from_pretrained(name) for name in ("published", "native"))
+        >>> all(bool((one.state_dict()[name] == tensor).all()) for name, tensor in other.state_dict().items())
+        True
     """
     config, tensors = open_checkpoint(source, base)
     with written_aside(target) as folder:

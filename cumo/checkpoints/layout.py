@@ -82,6 +82,16 @@ def stack_experts(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor
     Raises:
         ValueError: the style is unknown; tensors are missing (the rows of the gate tell how many experts there are),
             left over, or of another shape or dtype than those of expert 0.
+
+    Examples:
+        >>> import torch
+        >>> expert = {"fc1.weight": (16, 8), "fc1.bias": (16,), "fc2.weight": (8, 16), "fc2.bias": (8,)}
+        >>> tensors = {f"experts.{i}.{name}": torch.randn(shape) for i in range(4) for name, shape in expert.items()}
+        >>> stacked = stack_experts({"gate.weight": torch.randn(4, 8), **tensors}, "clip")
+        >>> {name: tuple(tensor.shape) for name, tensor in stacked.items() if name.endswith("proj")}
+        {'up_proj': (4, 16, 8), 'down_proj': (4, 8, 16)}
+        >>> bool((unstack_experts(stacked, "clip")["experts.3.fc1.weight"] == tensors["experts.3.fc1.weight"]).all())
+        True
     """
     check_one_of("style", style, STYLES)
     if GATE not in tensors:

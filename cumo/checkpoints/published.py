@@ -47,7 +47,15 @@ def _rename(name: str, source: int, target: int) -> str:
 
 
 def native_name(name: str) -> str:
-    """Our name of a published tensor whose experts are stacked already."""
+    """Our name of a published tensor whose experts are stacked already.
+
+    Raises:
+        ValueError: `name` is none of a CuMo checkpoint.
+
+    Examples:
+        >>> native_name("model.mm_projector.up_proj")
+        'connector.projection.up_proj'
+    """
     return _rename(name, 0, 3)
 
 

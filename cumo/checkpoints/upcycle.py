@@ -77,6 +77,10 @@ class Upcycling:
 
     Raises:
         ValueError: a number does not fit, or nothing is to be upcycled.
+
+    Examples:
+        >>> Upcycling(vision=4, connector=4).experts
+        {'vision': 4, 'connector': 4}
     """
 
     vision: int | None = None
@@ -111,6 +115,12 @@ def upcycle_config(config: CuMoConfig, upcycling: Upcycling) -> CuMoConfig:
 
     Raises:
         ValueError: a part has experts already, or none could be made of it.
+
+    Examples:
+        >>> from cumo import CuMoConfig
+        >>> dense = CuMoConfig.from_preset("tiny", connector_num_experts=1, connector_num_experts_per_tok=1)
+        >>> upcycle_config(dense, Upcycling(connector=4)).connector_num_experts
+        4
     """
     config = copy.deepcopy(config)
     if upcycling.vision is not None:

@@ -27,6 +27,14 @@ class GenerationOptions:
 
     Raises:
         ValueError: a value does not fit.
+
+    Examples:
+        >>> from cumo.inference import GenerationOptions
+        >>> GenerationOptions(max_new_tokens=64, temperature=0.7, stop="\\n\\n").stop
+        ('\\n\\n',)
+        >>> GenerationOptions(temperature=-1)
+        Traceback (most recent call last):
+        ValueError: temperature: expected a number from 0 to 100, got -1
     """
 
     max_new_tokens: int = 512

@@ -50,6 +50,17 @@ class CuMoPipeline:
 
     Raises:
         ValueError: the processor is not the model's.
+
+    Examples:
+        >>> from cumo.inference import CuMoPipeline, GenerationOptions
+        >>> pipe = CuMoPipeline.from_pretrained("checkpoint")  # a folder of either layout, or a name on the hub
+        >>> content = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is this?"}]
+        >>> conversation = [{"role": "user", "content": content}]
+        >>> (completion,) = pipe.generate([conversation], GenerationOptions(max_new_tokens=4))
+        >>> completion.completion_tokens
+        4
+        >>> "".join(pipe.stream(conversation, GenerationOptions(max_new_tokens=4))).strip() == completion.text
+        True
     """
 
     def __init__(

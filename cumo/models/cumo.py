@@ -59,7 +59,24 @@ class ImageFeatures(ModelOutput):
 
 
 class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
-    """Vision encoder, connector and language model, with all their losses."""
+    """Vision encoder, connector and language model, with all their losses.
+
+    Args:
+        config: of all three.
+
+    Examples:
+        >>> import torch
+        >>> from cumo import CuMoConfig, CuMoForConditionalGeneration
+        >>> config = CuMoConfig.from_preset("tiny")
+        >>> model = CuMoForConditionalGeneration(config)
+        >>> image = [config.image_token_id] * config.vision_config.num_patches
+        >>> ids = torch.tensor([[1, *image, 5, 6, 7]])  # BOS, a picture, three tokens of text
+        >>> output = model(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), labels=ids.clamp(max=99))
+        >>> output.logits.shape, output.image_features.shape
+        (torch.Size([1, 20, 32000]), torch.Size([1, 16, 32]))
+        >>> output.loss > output.lm_loss  # with the auxiliary losses of encoder and connector
+        tensor(True)
+    """
 
     config: CuMoConfig
     config_class = CuMoConfig

@@ -19,10 +19,23 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 
 
 def split_tiles(images: Tensor, scale: int) -> Tensor:
-    """[B, C, s H, s W] -> [s * s * B, C, H, W].
+    """[B, C, s H, s W] -> [s * s * B, C, H, W], in the dtype of the images.
+
+    Args:
+        images: at scale s.
+        scale: s.
 
     Raises:
         ValueError: height or width is not a multiple of `scale`.
+
+    Examples:
+        >>> import torch
+        >>> images = torch.arange(16).view(1, 1, 4, 4)
+        >>> tiles = split_tiles(images, scale=2)
+        >>> tiles.shape, tiles[1].tolist()  # the second tile is the upper right one
+        (torch.Size([4, 1, 2, 2]), [[[2, 3], [6, 7]]])
+        >>> torch.equal(merge_tiles(tiles, scale=2), images)
+        True
     """
     B, C, height, width = images.shape
     if height % scale or width % scale:
@@ -50,11 +63,19 @@ def pool(features: Tensor, size: int) -> Tensor:
 
 
 def pool_tiles(tokens: Tensor, scale: int) -> Tensor:
-    """Patch features of tiles [s * s * B, H * H, D] -> [B, H * H, D]: merged into one map, pooled to the size of one
-    tile.
+    """Patch features of tiles [s * s * B, H * H, D] -> [B, H * H, D]: merged into one map, pooled to that of a tile.
+
+    Args:
+        tokens: in the order of `split_tiles`, patches row by row.
+        scale: s.
 
     Raises:
         ValueError: the patches do not form a square.
+
+    Examples:
+        >>> import torch
+        >>> pool_tiles(torch.randn(9 * 2, 576, 8), scale=3).shape  # two images of nine tiles
+        torch.Size([2, 576, 8])
     """
     N, patches, D = tokens.shape
     side = int(patches**0.5)

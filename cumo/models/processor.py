@@ -96,9 +96,20 @@ class CuMoProcessor(ProcessorMixin):
         high_resolution_size: give the pictures at this size too, as `pixel_values_large`, for an encoder with
             `high_resolution`.
         chat_template: the published `mistral_instruct_system` by default.
+        kwargs: of transformers' `ProcessorMixin`.
 
     Raises:
         ValueError: an argument does not fit.
+
+    Examples:
+        >>> import numpy as np
+        >>> from cumo import CuMoProcessor
+        >>> processor = CuMoProcessor.from_pretrained("checkpoint")  # a folder, or a name on the hub
+        >>> batch = processor(np.zeros((20, 30, 3), np.uint8), "<image>\\nWhat is this?", return_tensors="pt")
+        >>> batch["pixel_values"].shape
+        torch.Size([1, 3, 28, 28])
+        >>> int((batch["input_ids"] == processor.image_token_id).sum()) == processor.image_seq_length
+        True
     """
 
     def __init__(

@@ -160,6 +160,13 @@ def render(
 
     Raises:
         ValueError: there is no question, or speakers are unknown or do not take turns.
+
+    Examples:
+        >>> turns = [{"from": "human", "value": "What is it? <image>"}, {"from": "gpt", "value": "A cat."}]
+        >>> for segment in render("llava_v1", turns, system=""):  # the picture comes first, only the answer is trained
+        ...     print(segment)
+        Segment(text='USER: <image>\\nWhat is it? ASSISTANT:', trained=False)
+        Segment(text=' A cat.</s>', trained=True)
     """
     template = get_template(template) if isinstance(template, str) else template
     turns = list(turns)

@@ -123,6 +123,19 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
 
     The encoder stops at the feature layer, unless `config.keep_unused_layers`: the published model computes the last
     block and throws its output away.
+
+    Args:
+        config: of the encoder; `vision_config` of a `CuMoConfig`.
+
+    Examples:
+        >>> import torch
+        >>> from cumo import CuMoConfig, CuMoVisionModel
+        >>> model = CuMoVisionModel(CuMoConfig.from_preset("tiny").vision_config)
+        >>> output = model(torch.randn(2, 3, 28, 28))
+        >>> output.features.shape  # 4 x 4 patches, two scales of width 32
+        torch.Size([2, 16, 64])
+        >>> len(output.routings), output.tiles_per_scale  # two of three blocks; one tile and nine for each picture
+        (2, (2, 18))
     """
 
     def __init__(self, config: CuMoVisionConfig) -> None:

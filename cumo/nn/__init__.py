@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules over the operations of `cumo_kernels`, for any PyTorch model.
 
->>> import torch
->>> from cumo.nn import MoEMLP, upcycle_mlp
->>> y, routing = MoEMLP(8, 16, num_experts=4, top_k=2)(torch.randn(3, 5, 8))
->>> y.shape, routing.balance_S.shape  # three images of five tokens
-(torch.Size([3, 5, 8]), torch.Size([3]))
->>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
->>> moe = upcycle_mlp(mlp, num_experts=4, top_k=2)  # computes what `mlp` does, until it is trained
+Examples:
+    >>> import torch
+    >>> from cumo.nn import MoEMLP
+    >>> y, routing = MoEMLP(8, 16, num_experts=4, top_k=2)(torch.randn(3, 5, 8))
+    >>> y.shape, routing.balance_S.shape  # three images of five tokens
+    (torch.Size([3, 5, 8]), torch.Size([3]))
 """
 
 from cumo.nn.moe import MoEMLP, expert_load

@@ -19,7 +19,7 @@ AUX_LOSSES = ("cumo", "switch")
 
 
 class AuxLosses(NamedTuple):
-    """Balance loss and z-loss, unweighted scalars."""
+    """Balance loss and z-loss, unweighted scalars in float32."""
 
     balance: Tensor
     z: Tensor
@@ -41,6 +41,13 @@ def routing_losses(routings: Sequence[Routing], group_sizes: Sequence[int], mode
 
     Raises:
         ValueError: an argument does not fit.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> from cumo.nn.losses import routing_losses
+        >>> even = ck.topk_gating(torch.eye(4) + torch.eye(4).roll(1, 0) / 2, top_k=2)  # both choices are even
+        >>> [round(routing_losses([even], [1], mode).balance.item(), 4) for mode in ("cumo", "switch")]
+        [1.0, 2.0]
     """
     check_one_of("mode", mode, AUX_LOSSES)
     if not routings:

@@ -75,6 +75,18 @@ class MoEMLP(nn.Module):
 
     Raises:
         ValueError: an argument does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from cumo.nn import MoEMLP
+        >>> moe = MoEMLP(8, 16, num_experts=4, top_k=2, activation="quick_gelu")
+        >>> {name: tuple(parameter.shape) for name, parameter in moe.named_parameters() if "bias" not in name}
+        {'up_proj': (4, 16, 8), 'down_proj': (4, 8, 16), 'gate.weight': (4, 8)}
+        >>> x = torch.randn(3, 5, 8)  # images, tokens, width
+        >>> y, routing = moe(x, residual=x)
+        >>> y.shape, routing.expert_TK.shape, routing.balance_S.shape
+        (torch.Size([3, 5, 8]), torch.Size([15, 2]), torch.Size([3]))
+        >>> (y.square().mean() + 0.1 * routing.balance_S.mean() + 0.01 * routing.z_S.mean()).backward()
     """
 
     up_proj_bias: nn.Parameter | None
@@ -214,10 +226,19 @@ def expert_load(routing: ck.Routing, num_experts: int) -> Tensor:
 
     Sums to 1, or to 0 where there are no tokens; ids outside 0..E-1 are left out. Does not wait for the device.
 
-    >>> import torch, cumo_kernels as ck
-    >>> routing = ck.topk_gating(torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]]), top_k=2)
-    >>> expert_load(routing, 3).tolist()
-    [0.5, 0.25, 0.25]
+    Args:
+        routing: of a layer.
+        num_experts: E.
+
+    Raises:
+        ValueError: an argument does not fit.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> from cumo.nn import expert_load
+        >>> routing = ck.topk_gating(torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]]), top_k=2)
+        >>> expert_load(routing, 3).tolist()
+        [0.5, 0.25, 0.25]
     """
     offset_E1 = ck.plan_dispatch(routing.expert_TK, num_experts).offset_E1
     return offset_E1.diff() / offset_E1[-1].clamp(min=1)

@@ -40,7 +40,24 @@ class UpcycledMLP(nn.Module):
 
 
 class Upcycled:
-    """The mixtures that `upcycle` has put into a model."""
+    """The mixtures that `upcycle` has put into a model.
+
+    Args:
+        model: with the mixtures in it.
+        dense: the MLPs that they have replaced, by their names.
+
+    Examples:
+        >>> import torch
+        >>> from cumo.nn import upcycle
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+        >>> model = torch.nn.ModuleDict({"mlp": mlp})
+        >>> upcycled = upcycle(model, "mlp", num_experts=4, top_k=2)
+        >>> upcycled.modules["mlp"].up_proj.shape
+        torch.Size([4, 16, 8])
+        >>> upcycled.undo()
+        >>> model["mlp"] is mlp
+        True
+    """
 
     def __init__(self, model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
         self.model = model
@@ -132,16 +149,6 @@ def upcycle(model: nn.Module, pattern: str, num_experts: int, top_k: int, **opti
     `NAME.moe.gate.weight`, `NAME.moe.up_proj` and so on in the place of the dense weights, and is loaded into a model
     that was upcycled alike.
 
-    >>> import torch
-    >>> from cumo.nn import upcycle
-    >>> def mlp(): return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
-    >>> model = torch.nn.Sequential(mlp(), torch.nn.LayerNorm(8), mlp())
-    >>> upcycled = upcycle(model, "0|2", num_experts=4, top_k=2)
-    >>> with upcycled.routings() as routings:
-    ...     loss = model(torch.randn(3, 5, 8)).square().mean()
-    >>> losses = upcycled.losses(routings)
-    >>> (loss + 0.01 * losses.balance + 0.001 * losses.z).backward()
-
     Args:
         model: changed in place.
         pattern: a regular expression for the whole name of an MLP in the model, such as
@@ -153,6 +160,20 @@ def upcycle(model: nn.Module, pattern: str, num_experts: int, top_k: int, **opti
     Raises:
         ValueError: no name matches, a matching module is no MLP that `upcycle_mlp` knows, or an argument does not fit.
             The model is not changed then.
+
+    Examples:
+        >>> import torch
+        >>> from cumo.nn import upcycle
+        >>> def mlp(): return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+        >>> model, x = torch.nn.Sequential(mlp(), torch.nn.LayerNorm(8), mlp()), torch.randn(3, 5, 8)
+        >>> before = model(x)
+        >>> upcycled = upcycle(model, "0|2", num_experts=4, top_k=2)
+        >>> with upcycled.routings() as routings:
+        ...     after = model(x)
+        >>> list(routings), torch.allclose(after, before, atol=1e-5)
+        (['0', '2'], True)
+        >>> losses = upcycled.losses(routings)
+        >>> (after.square().mean() + 0.01 * losses.balance + 0.001 * losses.z).backward()
     """
     matching = {name: module for name, module in model.named_modules() if name and re.fullmatch(pattern, name)}
     if not matching:

@@ -230,6 +230,17 @@ def upcycle_mlp(
 
     Raises:
         ValueError: `mlp` holds something else, or an argument does not fit.
+
+    Examples:
+        >>> import torch
+        >>> from cumo.nn import upcycle_mlp
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+        >>> moe = upcycle_mlp(mlp, num_experts=4, top_k=2)
+        >>> moe.activation, moe.up_proj.shape  # the activation is recognised by its values
+        ('gelu', torch.Size([4, 16, 8]))
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose(moe(x)[0], mlp(x), atol=1e-5)
+        True
     """
     if not normalize:
         raise ValueError(

@@ -92,6 +92,15 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
 
     Raises:
         ValueError: an argument does not fit.
+        RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> plan = ck.plan_dispatch(torch.tensor([[1, 0], [0, 1]]), num_experts=2)
+        >>> y_NO = torch.tensor([[1.0], [2.0], [10.0], [20.0]])  # tokens 0 and 1 of expert 0, then of expert 1
+        >>> weight_TK = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+        >>> ck.combine(y_NO, weight_TK, plan).tolist()  # 0.75 * 10 + 0.25 * 1, and 0.5 * 2 + 0.5 * 20
+        [[7.75], [11.0]]
     """
     check_shapes(
         y_NO=(y_NO, "N O"),

@@ -122,10 +122,18 @@ def grouped_gemm(
         activation: a name in `cumo_kernels.ACTIVATIONS`, or None.
 
     Returns:
-        [N, F] in the dtype of `x_ND`.
+        [N, F] in the dtype of `x_ND` (of autocast, if on).
 
     Raises:
         ValueError: an argument does not fit.
+        RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> plan = ck.plan_dispatch(torch.tensor([[0], [1], [1]]), num_experts=2)
+        >>> w_EFD = torch.stack([torch.ones(2, 4), -torch.ones(2, 4)])
+        >>> ck.grouped_gemm(torch.ones(3, 4), w_EFD, plan, activation="relu").tolist()  # each row by its expert
+        [[4.0, 4.0], [0.0, 0.0], [0.0, 0.0]]
     """
     check_shapes(x_ND=(x_ND, "N D"), token_N=(plan.token_N, "N"), w_EFD=(w_EFD, "E F D"), bias_EF=(bias_EF, "E F"))
     if w_EFD.shape[0] != plan.num_experts:

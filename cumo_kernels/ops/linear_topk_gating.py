@@ -80,13 +80,26 @@ def linear_topk_gating(
     Args:
         x_TD: [T, D] tokens; float16, bfloat16, float32, or float64 on the reference backend.
         gate_ED: [E, D] weight of the router, as in `nn.Linear`; any of these dtypes.
-        top_k, segment, normalize, probs_dtype: as in `topk_gating`.
+        top_k: as in `topk_gating`.
+        segment: as in `topk_gating`.
+        normalize: as in `topk_gating`.
+        probs_dtype: as in `topk_gating`.
 
     Returns:
         `Routing`; see `topk_gating`.
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, more than 64 experts or float64.
+        RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> x_TD, gate_ED = torch.randn(6, 8), torch.randn(4, 8)
+        >>> routing = ck.linear_topk_gating(x_TD, gate_ED, top_k=2, segment=3)  # two images of three tokens
+        >>> routing.expert_TK.shape, routing.balance_S.shape
+        (torch.Size([6, 2]), torch.Size([2]))
+        >>> bool((routing.expert_TK == ck.topk_gating(x_TD @ gate_ED.T, top_k=2).expert_TK).all())
+        True
     """
     size = check_shapes(x_TD=(x_TD, "T D"), gate_ED=(gate_ED, "E D"))
     check_floating(x_TD=x_TD, gate_ED=gate_ED)

@@ -162,6 +162,20 @@ def moe_mlp(
     Raises:
         ValueError: an argument does not fit.
         RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> x_TD = torch.randn(5, 8, requires_grad=True)
+        >>> routing = ck.topk_gating(torch.randn(5, 4), top_k=2)
+        >>> w1_FD, w2_OF = torch.randn(16, 8), torch.randn(6, 16)
+        >>> w1_EFD, w2_EOF = w1_FD.repeat(4, 1, 1), w2_OF.repeat(4, 1, 1)  # four experts that agree
+        >>> y_TO = ck.moe_mlp(x_TD, routing.weight_TK, routing.expert_TK, w1_EFD, w2_EOF)
+        >>> dense_TO = torch.nn.functional.gelu(x_TD @ w1_FD.T) @ w2_OF.T
+        >>> y_TO.shape, torch.allclose(y_TO, dense_TO, atol=1e-4)  # weights of a token sum to one
+        (torch.Size([5, 6]), True)
+        >>> y_TO.sum().backward()
+        >>> x_TD.grad.shape
+        torch.Size([5, 8])
     """
     _check(x_TD, weight_TK, expert_TK, w1_EFD, w2_EOF, b1_EF, b2_EO, gated, residual_TO)
     check_one_of("activation", activation, ACTIVATIONS)

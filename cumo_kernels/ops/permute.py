@@ -64,6 +64,13 @@ def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
     Raises:
         ValueError: an argument does not fit.
+        RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> plan = ck.plan_dispatch(torch.tensor([[1], [0], [1]]), num_experts=2)
+        >>> ck.permute(torch.tensor([[10.0], [20.0], [30.0]]), plan).flatten().tolist()  # a row of expert 0, two of 1
+        [20.0, 10.0, 30.0]
     """
     check_shapes(x_TD=(x_TD, "T D"), slot_TK=(plan.slot_TK, "T K"))
     check_floating(x_TD=x_TD)

@@ -42,6 +42,14 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
 
     Raises:
         ValueError: an argument does not fit.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> plan = ck.plan_dispatch(torch.tensor([[2, 0], [2, 1], [0, 2]]), num_experts=3)
+        >>> plan.offset_E1.diff().tolist()  # rows of each expert
+        [2, 1, 3]
+        >>> plan.token_N.tolist()  # within an expert, tokens keep their order
+        [0, 2, 1, 0, 1, 2]
     """
     size = check_shapes(expert_TK=(expert_TK, "T K"))
     check_integer(expert_TK=expert_TK)

@@ -112,6 +112,18 @@ def topk_gating(
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, more than 256 experts or float64.
+        RuntimeError: a second derivative on the triton backend.
+
+    Examples:
+        >>> import torch, cumo_kernels as ck
+        >>> routing = ck.topk_gating(torch.tensor([[1.0, 3.0, 2.0], [0.0, 2.0, 2.0]]), top_k=2)
+        >>> routing.expert_TK.tolist()  # most probable first; the tie goes to the lower index
+        [[1, 2], [1, 2]]
+        >>> routing.weight_TK[1].tolist()
+        [0.5, 0.5]
+        >>> even = ck.topk_gating(torch.eye(4), top_k=1)  # four tokens, each to an expert of its own
+        >>> round(even.balance_S.item(), 4)  # the balance loss of an even load
+        1.0
     """
     size = check_shapes(logits_TE=(logits_TE, "T E"))
     check_floating(logits_TE=logits_TE)
