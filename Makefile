@@ -10,7 +10,7 @@ OLDEST := .venv-oldest/.installed
 PIP_INSTALL := bin/python -m pip --disable-pip-version-check --quiet --quiet install
 PYTEST := bin/python -m pytest
 
-.PHONY: help demo test test-oldest golden check bench inspect clean
+.PHONY: help demo test test-oldest golden check bench inspect docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,14 +43,20 @@ bench: $(NEWEST) ## the microbenchmarks
 inspect: $(NEWEST) ## compile every kernel for ARCHITECTURES, without a GPU; fail where registers spill
 	.venv/bin/python -m cumo_kernels.inspect --arch $(ARCHITECTURES) --fail-on-spill
 
+docs: $(NEWEST) ## the documentation as a site, in site/; fails on a link that leads nowhere
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 clean: ## remove everything that the other targets made, the environments too
-	rm -rf .venv .venv-oldest build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist site *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(NEWEST): constraints.txt
+$(NEWEST): EXTRAS := triton,train,serve,demo,dev,docs
 $(OLDEST): constraints-oldest.txt
+$(OLDEST): EXTRAS := triton,train,serve,demo,dev
 $(NEWEST) $(OLDEST): %/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv --clear $*
 	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) setuptools
-	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[triton,train,serve,demo,dev]'
+	$*/$(PIP_INSTALL) --constraint $(filter constraints%,$^) --no-build-isolation --editable '.[$(EXTRAS)]'
 	touch $@

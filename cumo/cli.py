@@ -39,6 +39,20 @@ def _overview() -> str:
     return "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
 
 
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of a command.
+
+    Args:
+        name: a key of `COMMANDS`.
+    """
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = argparse.ArgumentParser(
+        prog=f"cumo {name}", description=module.__doc__ and module.__doc__.split("\n\n")[0]
+    )
+    module.add_arguments(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -51,13 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     name = parser.parse_args(argv[:1] or ["--help"]).command
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    own = argparse.ArgumentParser(prog=f"cumo {name}", description=module.__doc__ and module.__doc__.split("\n\n")[0])
-    module.add_arguments(own)
-    arguments = own.parse_intermixed_args(argv[1:])  # options may stand between key=value
+    arguments = parser_of(name).parse_intermixed_args(argv[1:])  # options may stand between key=value
     try:
-        module.run(arguments)
+        importlib.import_module(COMMANDS[name].module).run(arguments)
     except (ValueError, OSError) as error:
         print(f"cumo {name}: error: {error}", file=sys.stderr)
         return 2

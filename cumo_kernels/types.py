@@ -35,9 +35,9 @@ class Routing(NamedTuple):
     expert_TK: Tensor
     """`expert_TK[t, k]` = expert of token t's k-th choice, int32, most probable first, ties to the lowest index."""
     balance_S: Tensor
-    """`balance_S[s]` = E * sum_e mean_t p[t, e] * share of first choices that went to e, over segment s (float32)."""
+    """`balance_S[s]` = E sum_e (mean_t p[t, e]) (share of first choices that went to e), over segment s (float32)."""
     z_S: Tensor
-    """`z_S[s]` = mean over segment s of logsumexp(logits[t])**2 (float32)."""
+    """`z_S[s]` = mean over segment s of `logsumexp(logits[t]) ** 2` (float32)."""
     mean_probs_SE: Tensor
     """`mean_probs_SE[s, e]` = mean over segment s of p[t, e] (float32): what other balance losses are made of."""
 

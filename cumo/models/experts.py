@@ -175,7 +175,7 @@ def _weights_of(module: ExpertsModule) -> _Weights:
 
 
 def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """y[t] = sum_k weight[t, k] * expert[index[t, k]](hidden[t]): what transformers calls for "cumo".
+    """`y[t] = sum_k weight[t, k] expert[index[t, k]](hidden[t])`: what transformers calls for "cumo".
 
     Args:
         self: the experts module.

@@ -17,7 +17,7 @@ from cumo_kernels.ops.topk_gating import PROBS_DTYPES
 
 
 class Gate(nn.Linear):
-    """The router's linear layer: logits[t, e] = <W[e], x[t]>, with no bias.
+    """The router's linear layer: `logits[t, e] = <W[e], x[t]>`, with no bias.
 
     Args:
         d_in: D.
@@ -47,7 +47,7 @@ class Gate(nn.Linear):
 
 
 class MoEMLP(nn.Module):
-    """y[t] = sum_k p[t, k] (W2[e] act(W1[e] x[t] + b1[e]) + b2[e]) over the top-K experts e of token t.
+    """`y[t] = sum_k p[t, k] (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])` over the top-K experts e of token t.
 
     The experts are stacked, each in the orientation of `nn.Linear`: `up_proj` [E, F, D] ([E, 2F, D] with the rows of
     act's argument first if `gated`), `up_proj_bias` [E, F or 2F], `down_proj` [E, O, F], `down_proj_bias` [E, O]; the

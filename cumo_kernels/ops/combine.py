@@ -77,7 +77,7 @@ refuse_double_backward(combine_backward, "combine")
 
 
 def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Tensor | None = None) -> Tensor:
-    """out[t] = residual[t] + sum_k weight[t, k] y[plan.slot_TK[t, k]], summed in float32 in the order of k.
+    """`out[t] = residual[t] + sum_k weight[t, k] y[plan.slot_TK[t, k]]`, summed in float32 in the order of k.
 
     Ignored choices (slot -1) are left out. Bitwise reproducible: a gather, without atomics.
 

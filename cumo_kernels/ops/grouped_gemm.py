@@ -110,7 +110,7 @@ refuse_double_backward(grouped_gemm_backward, "grouped_gemm")
 def grouped_gemm(
     x_ND: Tensor, w_EFD: Tensor, plan: DispatchPlan, bias_EF: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """h[n] = act(W[e] x[n] + b[e]) for the rows n of expert e; rows of no expert are zero.
+    """`h[n] = act(W[e] x[n] + b[e])` for the rows n of expert e; rows of no expert are zero.
 
     Accumulates in float32 (float64 for float64). Under autocast the inputs are cast as for a linear layer.
 

@@ -135,7 +135,7 @@ def moe_mlp(
     recompute: bool = False,
     residual_TO: Tensor | None = None,
 ) -> Tensor:
-    """y[t] = residual[t] + sum_k weight[t, k] (W2[e] act(W1[e] x[t] + b1[e]) + b2[e]) with e = expert[t, k].
+    """`y[t] = residual[t] + sum_k weight[t, k] (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])` with `e = expert[t, k]`.
 
     Accumulates in float32 (float64 for float64); the order of every sum is fixed, so results are bitwise
     reproducible. On the triton backend the backward saves x and the pre-activation z only (formulation of SonicMoE,

@@ -53,7 +53,7 @@ refuse_double_backward(permute_backward, "permute")
 
 
 def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-    """x_ND[n] = x_TD[plan.token_N[n]]: copy every token to the rows of its experts; rows of no expert are zero.
+    """`x_ND[n] = x_TD[plan.token_N[n]]`: copy every token to the rows of its experts; rows of no expert are zero.
 
     Args:
         x_TD: [T, D] tokens.
