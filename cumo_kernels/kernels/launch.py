@@ -4,15 +4,25 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cumo_kernels.backend import interpreted
 from cumo_kernels.tiling import INTERPRETER, Target
+
+# Triton's interpreter keeps the grid and the program it is at in globals, and replaces functions of triton.language
+# while a kernel runs: threads take turns, and no process is forked in the middle of a kernel.
+_turn: AbstractContextManager[Any] = nullcontext()
+if interpreted():
+    _turn = _lock = threading.RLock()
+    os.register_at_fork(before=_lock.acquire, after_in_child=_lock.release, after_in_parent=_lock.release)
 
 
 class Launch(NamedTuple):
@@ -52,6 +62,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run `kernel[grid](*args, **meta)`; a grid with a zero in it is nothing to do.
 
     Triton announces another default for `enable_fp_fusion`; contraction to fused multiply-add is wanted here.
+    Threads may launch at the same time; in Triton's interpreter, which cannot, one waits for the other.
     """
     if 0 in grid:
         return
@@ -62,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     # Triton launches on the current device, which need not be that of the tensors
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _turn:
         kernel[grid](*args, **meta)
 
 
