@@ -85,6 +85,16 @@ def test_what_is_public_of_the_model_has_an_example():
     assert [name for name, thing in public.items() if not has_example(thing)] == []
 
 
+def test_a_wrong_example_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "wrong_example.py").write_text('"""Adds.\n\n>>> 1 + 1\n3\n"""')
+    (tmp_path / "no_example.py").write_text('"""Adds."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("wrong_example", "no_example"):
+        with pytest.raises(AssertionError):
+            check(name)
+        sys.modules.pop(name)
+
+
 def test_a_missing_example_is_seen():
     def without():
         """None."""

@@ -91,7 +91,7 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
         [T, O] in the dtype of `y_NO`.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument does not fit; on the triton backend, float64.
         RuntimeError: a second derivative on the triton backend.
 
     Examples:

@@ -125,7 +125,7 @@ def grouped_gemm(
         [N, F] in the dtype of `x_ND` (of autocast, if on).
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument does not fit; on the triton backend, float64.
         RuntimeError: a second derivative on the triton backend.
 
     Examples:

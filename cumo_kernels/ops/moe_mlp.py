@@ -160,7 +160,7 @@ def moe_mlp(
         [T, O] in the dtype of `x_TD` (of autocast, if on).
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument does not fit; on the triton backend, float64.
         RuntimeError: a second derivative on the triton backend.
 
     Examples:

@@ -63,7 +63,7 @@ def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         [N, D] rows sorted by expert, N = T * K, in the dtype of `x_TD`.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument does not fit; on the triton backend, float64.
         RuntimeError: a second derivative on the triton backend.
 
     Examples:
