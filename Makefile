@@ -44,7 +44,7 @@ inspect: $(NEWEST) ## compile every kernel for ARCHITECTURES, without a GPU; fai
 	.venv/bin/python -m cumo_kernels.inspect --arch $(ARCHITECTURES) --fail-on-spill
 
 docs: $(NEWEST) ## the documentation as a site, in site/; fails on a link that leads nowhere
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "site/index.html"
 
 clean: ## remove everything that the other targets made, the environments too

@@ -48,9 +48,10 @@ def parser_of_module(name: str) -> argparse.ArgumentParser:
         try:
             main()
         except _ParsedError as found:
-            (parser,) = found.args
-    parser.prog = f"python -m {name}"
-    return parser
+            parser: argparse.ArgumentParser = found.args[0]
+            parser.prog = f"python -m {name}"
+            return parser
+    raise ValueError(f"{name}: expected a main that parses arguments")
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
@@ -114,7 +115,7 @@ def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 def section(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     """Lines of one command."""
     yield f"## {command}\n"
-    yield f"{parser.description.strip()}\n"
+    yield f"{(parser.description or '').strip()}\n"
     yield "| argument | default | |\n|---|---|---|"
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):

@@ -68,7 +68,10 @@ def check_data(
     """Read everything that a `ConversationDataset` of these arguments would, and decode every picture.
 
     Args:
-        sources, processor, template, max_length: of the dataset. Of a random sample, all rows are read.
+        sources: of the dataset. Of a random sample, all rows are read.
+        processor: of the dataset.
+        template: of the dataset.
+        max_length: of the dataset.
         workers: processes that read; 0 for this one.
         progress: show a bar.
 

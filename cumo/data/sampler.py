@@ -23,7 +23,8 @@ class ModalityLengthSampler(Sampler[int]):
         lengths: tokens of each sample, about.
         has_image: whether it has pictures.
         batch_size: of a step of the optimizer: over all processes and accumulation steps.
-        seed, epoch: of the order.
+        seed: of the order.
+        epoch: of the order; see `set_epoch`.
 
     Raises:
         ValueError: lengths differ, or `batch_size` is not positive.
