@@ -10,7 +10,7 @@ from griffe import Class, Extension, Function, Parameter, ParameterKind, Paramet
 BASE = "PreTrainedConfig"
 
 
-class ConfigurationFields(Extension):  # type: ignore[misc]
+class ConfigurationFields(Extension):
     """Gives subclasses of `PreTrainedConfig` the constructor of a dataclass."""
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
