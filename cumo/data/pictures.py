@@ -6,12 +6,12 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import warnings
+import os
 from pathlib import Path
 
 from PIL import Image
 
-from cumo.models.processor import to_rgb
+from cumo.models.pictures import read_rgb
 
 
 def open_picture(reference: str, folder: Path) -> Image.Image:
@@ -42,14 +42,9 @@ def open_picture(reference: str, folder: Path) -> Image.Image:
     else:
         source = folder / reference
         name = f"picture {str(source)!r}"
-        if not source.is_file():
-            raise ValueError(f"{name}: expected a file, found none")
+        if not os.path.isfile(source):
+            raise ValueError(f"{name[:300]}: expected a file, found none")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise ValueError(f"{name}: cannot be decoded: {type(error).__name__}: {error}") from error
+        return read_rgb(source, name)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read: {error.strerror}") from error

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaImageProcessorPil
 
+from cumo.models.pictures import check_extent
+
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
@@ -57,6 +59,7 @@ class PixelReader:
         return torch.from_numpy(pixels)
 
     def _square(self, picture: Image.Image) -> Image.Image:
+        check_extent(picture, self.size, self.pad)
         width, height = picture.size
         longest, shortest = max(width, height), min(width, height)
         if self.pad and width != height:

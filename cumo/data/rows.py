@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ class RowIndex:
     def __init__(
         self, path: Path, measure: Callable[[Sample], int], limit: int | None = None, progress: bool = True
     ) -> None:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DataFileError(path, 0, "expected a .json or .jsonl file, found none")
         self.path = path
         self.faults: dict[int, str] = {}

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from cumo.data.yaml_text import parse_yaml, shown
+
 SUFFIXES = (".json", ".jsonl")
+MAX_WEIGHT = 1000  # the numbers of an epoch's rows lie in memory
 _SAMPLING = re.compile(r"all|(?P<which>first|end|random):(?P<amount>\d+|\d+(?:\.\d+)?%)")
 _KEYS = {"json_path": "path", "image_folder": "image_folder", "sampling_strategy": "sampling", "weight": "weight"}
 
@@ -36,18 +39,20 @@ class DataSource:
     def __post_init__(self) -> None:
         for name in ("path", "image_folder"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}: expected a string, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected a string, got {shown(getattr(self, name))}")
         if Path(self.path).suffix not in SUFFIXES:
-            raise ValueError(f"path: expected a file that ends in .json or .jsonl, got {self.path!r}")
+            raise ValueError(f"path: expected a file that ends in .json or .jsonl, got {shown(self.path)}")
         found = _SAMPLING.fullmatch(self.sampling) if isinstance(self.sampling, str) else None
         if found is None or (found["which"] and not self._in_range(found["amount"])):
             raise ValueError(
                 "sampling: expected all, first:N, end:N or random:N, where N is at least 1 or a share in percent, "
-                f"got {self.sampling!r}"
+                f"got {shown(self.sampling)}"
             )
         number = isinstance(self.weight, (int, float)) and not isinstance(self.weight, bool)
-        if not number or not 0 < self.weight < math.inf:
-            raise ValueError(f"weight: expected a positive number, got {self.weight!r}")
+        if not number or not self.weight > 0:
+            raise ValueError(f"weight: expected a positive number, got {shown(self.weight)}")
+        if self.weight > MAX_WEIGHT:
+            raise ValueError(f"weight: expected up to {MAX_WEIGHT}, got {shown(self.weight)}")
 
     @staticmethod
     def _in_range(amount: str) -> bool:
@@ -104,12 +109,7 @@ def read_sources(path: str | Path) -> list[DataSource]:
         return [DataSource(str(path))]
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"path: expected a .json, .jsonl or .yaml file, got {str(path)!r}")
-    import yaml
-
-    try:
-        mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    mixture = parse_yaml(path.read_bytes(), str(path))
     entries = mixture.get("datasets") if isinstance(mixture, dict) else None
     if not isinstance(entries, list) or not entries or set(mixture) != {"datasets"}:
         raise ValueError(f"{path}: expected a list under datasets and nothing else")
@@ -117,9 +117,9 @@ def read_sources(path: str | Path) -> list[DataSource]:
     for index, entry in enumerate(entries):
         where = f"{path}: datasets[{index}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
-            raise ValueError(f"{where}: expected json_path and what to take of it, got {entry!r}")
+            raise ValueError(f"{where}: expected json_path and what to take of it, got {shown(entry)}")
         if unknown := set(entry) - set(_KEYS):
-            raise ValueError(f"{where}: expected keys of {list(_KEYS)}, got {sorted(map(str, unknown))}")
+            raise ValueError(f"{where}: expected keys of {list(_KEYS)}, got {shown(sorted(map(str, unknown)))}")
         fields = {_KEYS[key]: value for key, value in entry.items() if value is not None}
         for name in ("path", "image_folder"):
             if isinstance(fields.get(name), str) and fields[name]:

@@ -17,7 +17,7 @@ from cumo.demo.evaluate import loads_by_layer
 from cumo.demo.pipeline import ANSWERS, DATA, DENSE, REPORT, STAGES, WITHOUT_AUX, Demo
 from cumo.demo.scenes import NUMBERS
 from cumo.inference import picture_routing
-from cumo.models.processor import to_rgb
+from cumo.models.pictures import to_rgb
 
 LEAST_LOAD = 0.05
 ROUTED_PICTURES = 4

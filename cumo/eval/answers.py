@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cumo.data.yaml_text import shown
 from cumo.eval.distributed import Worker
 from cumo.eval.questions import Question
 from cumo.eval.records import append_records, read_records
@@ -54,12 +55,14 @@ class AnswerFolder:
         worker.barrier()
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected JSON, got {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}: expected an object, got {shown(found)}")
         for key in sorted({*wanted, *found}):
             if not key.endswith("_name") and found.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"{path}: {key}: expected {wanted.get(key)!r}, got {found.get(key)!r}: "
+                    f"{path}: {key}: expected {wanted.get(key)!r}, got {shown(found.get(key))}: "
                     "these answers belong to another run; choose another output folder, or remove this one"
                 )
 
@@ -78,10 +81,12 @@ class AnswerFolder:
         for path in self._files():
             for source, record in read_records(path):
                 key, text = record.get("id"), record.get("text")
-                if key not in known or not isinstance(text, str):
-                    raise ValueError(f"{source}: expected the id of a question and a text, got {record}")
+                if not isinstance(key, str) or key not in known or not isinstance(text, str):
+                    raise ValueError(f"{source}: expected the id of a question and a text, got {shown(record)}")
                 if record.get("prompt") != known[key].prompt:
-                    raise ValueError(f"{source}: prompt: expected that of question {key}, got {record.get('prompt')!r}")
+                    raise ValueError(
+                        f"{source}: prompt: expected that of question {key}, got {shown(record.get('prompt'))}"
+                    )
                 if key in answers:
                     raise ValueError(f"{source}: id: expected a question once, got {key!r}, which {sources[key]} has")
                 answers[key], sources[key] = text, source

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cumo.data.yaml_text import shown
 from cumo.eval.records import append_records, read_records
 
 Judge = Callable[[str], str]
@@ -124,7 +125,7 @@ class Recorder:
             return
         for source, record in read_records(path):
             if not isinstance(record.get("prompt"), str) or not isinstance(record.get("reply"), str):
-                raise ValueError(f"{source}: expected prompt and reply, got {record}")
+                raise ValueError(f"{source}: expected prompt and reply, got {shown(record)}")
             self._replies[record["prompt"]].append(record["reply"])
 
     def __call__(self, prompt: str) -> str:

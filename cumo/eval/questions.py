@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from cumo.models.processor import to_rgb
+from cumo.models.pictures import read_rgb
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,11 @@ class Picture:
         Raises:
             ValueError: it cannot be decoded.
         """
+        where = self.source if isinstance(self.source, Path) else self.name
         try:
-            with Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
-                return to_rgb(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            where = self.source if isinstance(self.source, Path) else self.name
-            raise ValueError(f"{where}: expected a picture, got {error!r}") from error
+            return read_rgb(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source, "it")
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}: expected a picture, got {error}") from error
 
     def fingerprint(self) -> str:
         """Name and size, of bytes the hash too."""

@@ -9,14 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cumo.data.yaml_text import shown
+
 
 def _parse(line: bytes, source: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected JSON, got {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{source}: expected an object, got {record!r}")
+        raise ValueError(f"{source}: expected an object, got {shown(record)}")
     return record
 
 
@@ -24,7 +26,7 @@ def _is_cut_off(line: bytes) -> bool:
     """Whether this last line, which no newline ends, is the beginning of one."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from PIL import Image
@@ -20,7 +21,7 @@ from cumo.inference.arguments import add_model_arguments, load_pipeline
 from cumo.inference.fetch import fetch
 from cumo.inference.options import GenerationOptions
 from cumo.inference.pipeline import CuMoPipeline
-from cumo.models.processor import to_rgb
+from cumo.models.pictures import read_rgb
 
 HELP = """\
   /image PATH   look at a picture: a file, or an http(s) address, which is fetched only if you give one;
@@ -139,10 +140,9 @@ def open_picture(source: str) -> Image.Image:
     if source.startswith(("http://", "https://")):
         # asked for by the one who sits at this machine, who may also mean a machine nearby
         content = fetch(source, max_bytes=MAX_DOWNLOAD, is_allowed=lambda _: True)
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
-    with Image.open(os.path.expanduser(source.strip("'\""))) as image:
-        return to_rgb(image)
+        return read_rgb(io.BytesIO(content), source[:200])
+    path = Path(os.path.expanduser(source.strip("'\"")))
+    return read_rgb(path, f"picture {str(path)!r}")
 
 
 def lines(stdin: TextIO) -> Iterator[str]:

@@ -22,7 +22,8 @@ from cumo.inference.loading import load
 from cumo.inference.options import Completion, GenerationOptions
 from cumo.inference.rows import Row, RowSampler, RowStopping
 from cumo.models.cumo import CuMoForConditionalGeneration
-from cumo.models.processor import CuMoProcessor, to_rgb
+from cumo.models.pictures import to_rgb
+from cumo.models.processor import CuMoProcessor
 
 DEFAULT_CACHE_BYTES = 256 << 20
 

@@ -4,56 +4,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoProcessor, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from transformers.utils.hub import cached_file
 
 from cumo.checkpoints.published_config import is_published
 from cumo.config import CuMoConfig
+from cumo.models.pictures import check_extent, to_rgb
 from cumo.models.prompts import CHAT_TEMPLATE
 from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
-
-MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-
-
-def to_rgb(image: Any) -> Image.Image:
-    """A picture of any kind, upright and with three channels of eight bits.
-
-    Args:
-        image: a PIL image, a path, an address or base64 string, or a uint8 array [H, W] or [H, W, 3 or 4]. Sixteen bits
-            are scaled to eight rather than cut off. Transparency is dropped, as published.
-
-    Raises:
-        ValueError: it is nothing of that.
-    """
-    if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
-        with Image.open(image) as file:
-            return to_rgb(file)
-    if isinstance(image, str):
-        return load_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4)):
-            return Image.fromarray(image).convert("RGB")
-        raise ValueError(f"images: expected arrays of shape [H, W] or [H, W, 3 or 4], got {[*image.shape]}")
-    if not isinstance(image, Image.Image):
-        kind = f"array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"images: expected PIL images, paths, addresses or uint8 arrays, got {kind}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in MODES_16_BIT:
-        values = np.asarray(image).astype(np.float64)
-        # Mode I has 32 bits, but files that are read so have 8 or 16.
-        scale = 1.0 if image.mode == "I" and values.max(initial=0) <= 255 else 257.0
-        image = Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def clip_image_processor(image_size: int = 336, pad: bool = True, **options: Any) -> LlavaImageProcessorPil:
@@ -293,6 +259,10 @@ class CuMoProcessor(ProcessorMixin):
     def _pixels(self, pictures: list[Image.Image], size: int | None, options: dict[str, Any]) -> np.ndarray[Any, Any]:
         """[images, 3, H, H]; `size` in place of the H of the image processor."""
         options = {key: value for key, value in options.items() if key != "return_tensors"}
+        pads = bool(options.get("do_pad", getattr(self.image_processor, "do_pad", False)))
+        edge = size or dict(self.image_processor.size).get("shortest_edge")
+        for picture in pictures:
+            check_extent(picture, edge or 1, pads)
         if self._is_plain_padding(options):
             # The same steps without the copies between arrays and pictures, of which there are many: a long thin
             # picture grows by orders of magnitude before it is scaled down.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from PIL import Image, UnidentifiedImageError
 
 from cumo.inference.fetch import FetchError, fetch
-from cumo.models.processor import to_rgb
+from cumo.models.pictures import to_rgb
 from cumo.serve.errors import ApiError
 from cumo.serve.limits import Limits
 

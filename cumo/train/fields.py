@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from cumo.data.yaml_text import shown
+
 T = TypeVar("T")
 
 
@@ -28,7 +30,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
         ValueError: a key is unknown or missing, or a value is of another type or refused by the dataclass.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'recipe'}: expected keys and values, got {values!r}")
+        raise ValueError(f"{where or 'recipe'}: expected keys and values, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -42,7 +44,7 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise ValueError(joined(where, str(error))) from error
+        raise ValueError(joined(where, str(error)[:1000])) from error
 
 
 def joined(where: str, key: object) -> str:
@@ -74,7 +76,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
                 return value
             if isinstance(value, Mapping):
                 return build(option, value, where)  # type: ignore[arg-type]
-    raise ValueError(f"{where}: expected {' or '.join(map(_name, options))}, got {value!r}")
+    raise ValueError(f"{where}: expected {' or '.join(map(_name, options))}, got {shown(value)}")
 
 
 def _as(value: Any, kind: Any, where: str) -> tuple[bool, Any]:

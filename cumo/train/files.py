@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cumo.data.yaml_text import parse_yaml, shown
 from cumo.train.fields import merged
 from cumo.train.recipe import Recipe
 
@@ -39,34 +41,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The mapping of a recipe's file, as it stands there."""
-    import yaml
-
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         known = shipped()
         if str(path) not in known:
             raise ValueError(f"{path}: expected a YAML file or one of {list(known)}")
         file = known[str(path)]
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    values = parse_yaml(file.read_bytes(), str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected keys and values, got {values!r}")
+        raise ValueError(f"{path}: expected keys and values, got {shown(values)}")
     return values
 
 
 def _parse(override: str) -> dict[str, Any]:
     """`a.b=1` -> {"a": {"b": 1}}."""
-    import yaml
-
     path, found, text = override.partition("=")
     if not found or not all(path.split(".")):
-        raise ValueError(f"{override}: expected key=value, such as optimizer.lr=1e-3")
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override}: expected YAML behind the equals sign, got {error}") from error
+        raise ValueError(f"{override[:200]}: expected key=value, such as optimizer.lr=1e-3")
+    value = parse_yaml(text, override[:200], "YAML behind the equals sign")
     for key in reversed(path.split(".")):
         value = {key: value}
     return dict(value)

@@ -18,6 +18,7 @@ import torch
 from cumo.checkpoints.upcycle import Upcycling
 from cumo.config import AUX_LOSSES, CONNECTORS
 from cumo.data.dataset import IMAGE_ASPECTS, ON_BAD_SAMPLE
+from cumo.data.yaml_text import shown
 from cumo.models.prompts import get_template
 from cumo.train.fields import build, joined, merged
 from cumo_kernels.checks import check_one_of
@@ -292,10 +293,10 @@ class Recipe:
             ValueError: a key is unknown or missing, or a value does not fit; names the key by its path.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"recipe: expected keys and values, got {values!r}")
+            raise ValueError(f"recipe: expected keys and values, got {shown(values)}")
         stage = values.get("stage")
         if not isinstance(stage, str) or stage not in STAGES:
-            raise ValueError(f"stage: expected one of {list(STAGES)}, got {stage!r}")
+            raise ValueError(f"stage: expected one of {list(STAGES)}, got {shown(stage)}")
         return build(
             cls,
             merged(

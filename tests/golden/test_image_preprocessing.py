@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-from cumo.models.processor import clip_image_processor, to_rgb
+from cumo.models.pictures import to_rgb
+from cumo.models.processor import clip_image_processor
 from tests.golden.data import below, golden, load_tensors
 
 TOLERANCE = 1e-2  # one of 256 grey levels, normalised, is more

@@ -11,7 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoProcessor, AutoTokenizer, LlavaImageProcessorPil, PreTrainedTokenizerFast
 
-from cumo.models.processor import CuMoProcessor, clip_image_processor, to_rgb
+from cumo.models.pictures import to_rgb
+from cumo.models.processor import CuMoProcessor, clip_image_processor
 from cumo.models.prompts import encode, render, render_text
 from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
 

@@ -7,11 +7,13 @@ import csv
 import glob
 import importlib
 import json
+import os
 import sys
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Picture
 
 Key = TypeVar("Key", bound=Hashable)
@@ -42,7 +44,7 @@ class Row(NamedTuple):
             raise ValueError(f"{self.source}: expected a value of {key}, got none")
         if types and not isinstance(value, types):
             expected = " or ".join(kind.__name__ for kind in types)
-            raise ValueError(f"{self.source}: {key}: expected {expected}, got {value!r}")
+            raise ValueError(f"{self.source}: {key}: expected {expected}, got {shown(value)}")
         return value
 
     def text(self, key: str) -> str:
@@ -53,7 +55,7 @@ class Row(NamedTuple):
         """
         value = self.get(key, str)
         if not value.strip():
-            raise ValueError(f"{self.source}: {key}: expected text, got {value!r}")
+            raise ValueError(f"{self.source}: {key}: expected text, got {shown(value)}")
         return str(value)
 
     def cell(self, key: str) -> str | None:
@@ -75,8 +77,8 @@ class Row(NamedTuple):
         """
         name = self.text(key)
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{self.source}: {key}: expected a picture {path}, found none")
+        if not os.path.isfile(path):
+            raise ValueError(f"{self.source}: {key}: expected a picture {str(path)[:500]}, found none")
         return Picture(name, path)
 
 
@@ -94,11 +96,16 @@ def existing(path: Path) -> Path:
 def _parse(text: str, source: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected JSON, got {error}") from error
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        ValueError: it is something else, or absent.
+    """
     try:
         return existing(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -111,7 +118,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         ValueError: it does not, or is absent.
     """
-    content = _parse(_text(path), str(path))
+    content = _parse(read_text(path), str(path))
     if not isinstance(content, kind):
         raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
     return content
@@ -119,7 +126,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 def _row(values: Any, source: str) -> Row:
     if not isinstance(values, dict):
-        raise ValueError(f"{source}: expected an object, got {values!r}")
+        raise ValueError(f"{source}: expected an object, got {shown(values)}")
     return Row(values, source)
 
 
@@ -129,7 +136,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: it holds something else, or none, or is absent.
     """
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         content = enumerate(_parse(text, str(path)), start=1)
         rows = [_row(values, f"{path}: entry {number}") for number, values in content]
@@ -209,7 +216,7 @@ def unique(keys: Iterable[tuple[Key, str]], what: str) -> None:
     seen: dict[Key, str] = {}
     for key, source in keys:
         if key in seen:
-            raise ValueError(f"{source}: {what}: expected one that is new, got {key!r}, which {seen[key]} has")
+            raise ValueError(f"{source}: {what}: expected one that is new, got {shown(key)}, which {seen[key]} has")
         seen[key] = source
 
 
@@ -227,4 +234,4 @@ def same_keys(asked: Mapping[Key, str], known: Mapping[Key, str], what: str) -> 
     for these, those, missing in ((asked, known, "a reference"), (known, asked, "a question")):
         for key, source in these.items():
             if key not in those:
-                raise ValueError(f"{source}: expected {missing} of {what} {key!r}, found none")
+                raise ValueError(f"{source}: expected {missing} of {what} {shown(key)}, found none")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from cumo.data.yaml_text import shown
 from cumo.eval.judges import JudgeSettings
 from cumo.eval.questions import Question
 from cumo.eval.scorers import llava_wild
@@ -64,9 +65,9 @@ class LlavaWild(Task):
             row = row_of(question)
             image, category = row.text("image"), _CATEGORY + row.text("category")
             if image not in contexts:
-                raise ValueError(f"{question.source}: image: expected one of context.jsonl, got {image!r}")
+                raise ValueError(f"{question.source}: image: expected one of context.jsonl, got {shown(image)}")
             if category not in rules:
-                raise ValueError(f"{question.source}: category: expected one of {sorted(rules)}, got {category!r}")
+                raise ValueError(f"{question.source}: category: expected one of {sorted(rules)}, got {shown(category)}")
             rule = rules[category]
             reference = _Reference(
                 category, contexts[image], answers[question.id].text("text"), rule.text("role"), rule.text("prompt")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cumo.data.yaml_text import shown
 from cumo.eval.judges import JudgeSettings
 from cumo.eval.questions import Picture, Question
 from cumo.eval.scorers import mathvista
 from cumo.eval.tasks.base import LONG_TOKENS, Scores, Task, percent, percent_by
-from cumo.eval.tasks.files import Row, read_entries, read_json, read_parquet, unique
+from cumo.eval.tasks.files import Row, read_entries, read_json, read_parquet, read_text, unique
 
 _PROMPT = """\
 Each example shows a question on a picture, the response of a model, and the answer that the response arrives at.
@@ -89,7 +90,7 @@ class MathVista(Task):
             kind, row.text("answer_type"), tuple(map(str, choices)), row.values.get("precision"), row.text("answer")
         )
         if kind == mathvista.MULTIPLE_CHOICE and problem.answer not in problem.choices:
-            raise ValueError(f"{row.source}: answer: expected one of {list(choices)}, got {problem.answer!r}")
+            raise ValueError(f"{row.source}: answer: expected one of {list(choices)}, got {shown(problem.answer)}")
         if kind != mathvista.MULTIPLE_CHOICE and problem.answer_type == "float" and problem.precision is None:
             raise ValueError(f"{row.source}: precision: expected a number of decimals for a float, got none")
         # Published is the bare question; the benchmark's own prompt says what form of answer it wants.
@@ -105,7 +106,7 @@ class MathVista(Task):
         if self.judge is None:
             return text, "nobody"
         file = self.path / "extraction_prompt.txt"
-        instruction = file.read_text(encoding="utf-8") if file.is_file() else _PROMPT
+        instruction = read_text(file) if file.is_file() else _PROMPT
         reply = self.judge(f"{instruction.strip()}\n\n{row.text('query')}\n\n{text}\n\nExtracted answer: ")
         return reply.strip(), "judge"
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cumo.data.yaml_text import shown
 from cumo.eval.judges import JudgeSettings
 from cumo.eval.questions import Picture, Question
 from cumo.eval.scorers import mmbench
@@ -63,7 +64,9 @@ class MMBench(Task):
                 break
             options[letter] = text
         if question is None or answer not in options:
-            raise ValueError(f"{row.source}: expected a question and one of {list(options)} as answer, got {answer!r}")
+            raise ValueError(
+                f"{row.source}: expected a question and one of {list(options)} as answer, got {shown(answer)}"
+            )
         hint = row.cell("hint")
         prompt = question if hint is None else f"{hint}\n{question}"
         prompt = "\n".join((prompt, *(f"{letter}. {text}" for letter, text in options.items()), self.instruction))
@@ -121,7 +124,7 @@ class MMBenchChinese(MMBench):
 def _index(row: Row) -> int:
     text = row.cell("index")
     if text is None or not text.isdecimal():
-        raise ValueError(f"{row.source}: index: expected a number, got {text!r}")
+        raise ValueError(f"{row.source}: index: expected a number, got {shown(text)}")
     return int(text)
 
 

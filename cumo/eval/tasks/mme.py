@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Question
 from cumo.eval.scorers import mme
 from cumo.eval.tasks.base import SHORT_ANSWER, SHORT_TOKENS, Scores, Task
-from cumo.eval.tasks.files import same_keys, unique
+from cumo.eval.tasks.files import read_text, same_keys, unique
 
 _RELEASE = "MME_Benchmark_release_version"
 _INSTRUCTION = "Please answer yes or no."
@@ -81,15 +82,15 @@ def _key(published_id: str, prompt: str) -> Key:
 def _read_answers(path: Path, subtask: str) -> dict[Key, tuple[str, str]]:
     """Questions and answers on one picture: a line each, parted by a tab."""
     result: dict[Key, tuple[str, str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         source = f"{path}: line {number}"
         text, tab, answer = line.rpartition("\t")
         if not tab or answer.strip().lower() not in ("yes", "no"):
-            raise ValueError(f"{source}: expected a question, a tab and Yes or No, got {line!r}")
+            raise ValueError(f"{source}: expected a question, a tab and Yes or No, got {shown(line)}")
         key = (subtask, path.name.split(".")[0], _question_text(text))
         if key in result:
-            raise ValueError(f"{source}: expected another question than that of {result[key][1]}, got {text!r}")
+            raise ValueError(f"{source}: expected another question than that of {result[key][1]}, got {shown(text)}")
         result[key] = answer.strip(), source
     return result

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Picture, Question
 from cumo.eval.scorers import mmmu
 from cumo.eval.tasks.base import LETTER_ANSWER, LONG_TOKENS, SHORT_ANSWER, Scores, Task
@@ -83,7 +84,7 @@ class Mmmu(Task):
         answer = row.text("answer")
         reference = _Reference(subject, options, _answers(answer) if not options else (answer,))
         if options and answer not in options:
-            raise ValueError(f"{row.source}: answer: expected one of {list(options)}, got {answer!r}")
+            raise ValueError(f"{row.source}: answer: expected one of {list(options)}, got {shown(answer)}")
         key = row.text("id")
         return Question(key, content, key, reference, row.source)
 
@@ -119,9 +120,9 @@ def _literal_list(text: str, source: str) -> list[str]:
     try:
         values = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{source}: expected a list, got {text!r}") from error
+        raise ValueError(f"{source}: expected a list, got {shown(text)}") from error
     if not isinstance(values, list):
-        raise ValueError(f"{source}: expected a list, got {text!r}")
+        raise ValueError(f"{source}: expected a list, got {shown(text)}")
     return [str(value) for value in values]
 
 

@@ -11,7 +11,7 @@ from cumo.eval.judges import Judge, JudgeSettings
 from cumo.eval.questions import Question
 from cumo.eval.scorers import mmvet
 from cumo.eval.tasks.base import LONG_TOKENS, Scores, Task
-from cumo.eval.tasks.files import read_entries, read_json, same_keys
+from cumo.eval.tasks.files import read_entries, read_json, read_text, same_keys
 
 # The benchmark's own instruction stands in its notebook; `judge_prompt.txt` in the folder takes the place of this one.
 _PROMPT = """\
@@ -64,7 +64,7 @@ class MMVet(Task):
         if self.judge is None:
             return Scores(None, metric, {"questions": len(questions)}, exports, note="not graded: no judge")
         file = self.path / "judge_prompt.txt"
-        instruction = file.read_text(encoding="utf-8") if file.is_file() else _PROMPT
+        instruction = read_text(file) if file.is_file() else _PROMPT
         runs = []
         for _ in range(self.judge_runs):
             grades = [

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Question
 from cumo.eval.scorers import pope
 from cumo.eval.tasks.base import SHORT_TOKENS, Scores, Task, row_of
@@ -65,9 +66,11 @@ def _match(questions: Sequence[Question], labels: Sequence[Row]) -> list[str]:
     for row in labels:
         key, label = (row.text("image"), row.text("text").strip()), row.text("label")
         if label not in ("yes", "no"):
-            raise ValueError(f"{row.source}: label: expected yes or no, got {label!r}")
+            raise ValueError(f"{row.source}: label: expected yes or no, got {shown(label)}")
         if known.setdefault(key, (label, row.source))[0] != label:
-            raise ValueError(f"{row.source}: label: expected that of {known[key][1]}, the same question, got {label!r}")
+            raise ValueError(
+                f"{row.source}: label: expected that of {known[key][1]}, the same question, got {shown(label)}"
+            )
     keys = [
         (Path(row_of(question).text("image")).name, question.prompt.split("\n")[0].strip()) for question in questions
     ]

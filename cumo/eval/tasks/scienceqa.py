@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Question
 from cumo.eval.scorers import scienceqa
 from cumo.eval.tasks.base import LETTER_ANSWER, LONG_TOKENS, Scores, Task, percent
@@ -29,7 +30,7 @@ class ScienceQA(Task):
         unique(((row.get("id", str), row.source) for row in rows), "id")
         problems = read_json(self.path / "problems.json")
         split = read_json(self.path / "pid_splits.json").get(_SPLIT)
-        if not isinstance(split, list) or not problems.keys() >= set(split):
+        if not isinstance(split, list) or not all(isinstance(key, str) and key in problems for key in split):
             raise ValueError(f"{self.path / 'pid_splits.json'}: {_SPLIT}: expected ids of problems.json")
         known = read_entries(self.path / "problems.json", {key: problems[key] for key in split})
         asked = {row.get("id", str): row.source for row in rows}
@@ -40,9 +41,9 @@ class ScienceQA(Task):
         turns = row.get("conversations", list)
         text = turns[0].get("value") if turns and isinstance(turns[0], dict) else None
         if not isinstance(text, str):
-            raise ValueError(f"{row.source}: conversations: expected a first turn with a value, got {turns!r}")
+            raise ValueError(f"{row.source}: conversations: expected a first turn with a value, got {shown(turns)}")
         if (_IMAGE in text) != ("image" in row.values):
-            raise ValueError(f"{row.source}: expected {_IMAGE} in the question with an image only, got {text!r}")
+            raise ValueError(f"{row.source}: expected {_IMAGE} in the question with an image only, got {shown(text)}")
         choices, answer = problem.get("choices", list), problem.get("answer", int)
         if not 0 <= answer < len(choices):
             raise ValueError(f"{problem.source}: answer: expected an index of {len(choices)} choices, got {answer}")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Question
 from cumo.eval.scorers import textvqa
 from cumo.eval.scorers.vqa import NUM_ANSWERS
@@ -30,13 +31,17 @@ class TextVQA(Task):
         path = self.path / _ANNOTATIONS
         answers: dict[tuple[str, str], list[str]] = {}
         number: Counter[tuple[str, str]] = Counter()
-        for index, entry in enumerate(read_json(path).get("data", ())):
+        data = read_json(path).get("data")
+        if not isinstance(data, list):
+            raise ValueError(f"{path}: data: expected a list, got {shown(data)}")
+        for index, entry in enumerate(data):
             try:
                 key, people = (str(entry["image_id"]), str(entry["question"]).lower()), entry["answers"]
             except (KeyError, TypeError) as error:
                 raise ValueError(f"{path}: data {index}: expected image_id, question and answers") from error
-            if not isinstance(people, list) or len(people) != NUM_ANSWERS:
-                raise ValueError(f"{path}: data {index}: answers: expected {NUM_ANSWERS}, got {people!r}")
+            texts = isinstance(people, list) and all(isinstance(answer, str) for answer in people)
+            if not texts or len(people) != NUM_ANSWERS:
+                raise ValueError(f"{path}: data {index}: answers: expected {NUM_ANSWERS}, got {shown(people)}")
             answers[key] = people
             number[key] += 1
         return answers, number

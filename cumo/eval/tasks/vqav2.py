@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cumo.data.yaml_text import shown
 from cumo.eval.questions import Picture, Question
 from cumo.eval.scorers import vqav2
 from cumo.eval.scorers.vqa import NUM_ANSWERS
@@ -77,7 +78,10 @@ class VqaV2Validation(Task):
         )
         result = []
         for key, row in asked.items():
-            people = [Row(entry, known[key].source).text("answer") for entry in known[key].get("answers", list)]
+            entries = known[key].get("answers", list)
+            if not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f"{known[key].source}: answers: expected objects, got {shown(entries)}")
+            people = [Row(entry, known[key].source).text("answer") for entry in entries]
             if len(people) != NUM_ANSWERS:
                 raise ValueError(f"{known[key].source}: answers: expected {NUM_ANSWERS}, got {len(people)}")
             name = f"COCO_val2014_{row.get('image_id', int):012d}.jpg"
