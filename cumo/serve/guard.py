@@ -25,6 +25,10 @@ HEADERS = {
 }
 
 
+class _UnsentError(Exception):
+    """The connection takes no response any more."""
+
+
 class Guard:
     """Middleware.
 
@@ -65,7 +69,10 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
+            try:
+                await send(message)
+            except Exception as error:
+                raise _UnsentError from error
 
         try:
             refusal = self._refusal(scope["path"], Headers(scope=scope))
@@ -73,6 +80,8 @@ class Guard:
                 await refusal.response()(scope, receive, send_with_headers)
             else:
                 await self._app(scope, receive, send_with_headers)
+        except _UnsentError:
+            pass  # what the client sent made its connection useless; that is no failure of the server
         finally:
             self._metrics.requests.labels(path, str(status or 500)).inc()
             self._metrics.request_seconds.labels(path).observe(time.monotonic() - begin)
