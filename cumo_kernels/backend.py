@@ -29,7 +29,8 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def use_backend(name: str) -> Iterator[None]:
     """Force the backend "triton" or "reference" for the calls in this block, in every thread of the process.
 
-    The backward of an operation runs on the backend of its forward.
+    The backward of an operation runs on the backend of its forward. Each block puts back what it found, so blocks nest;
+    two threads whose blocks overlap without nesting would leave the backend of one of them behind.
 
     Args:
         name: "triton" or "reference". That it can run is found out by the first operation; see `backend_for`.

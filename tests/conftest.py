@@ -22,8 +22,9 @@ if not torch.cuda.is_available():
 ON_GPU = torch.cuda.is_available() and not interpreted()
 
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
-# For the random cases of tests/properties, beside `--hypothesis-profile=thorough`; other cases each time.
-hypothesis.settings.register_profile("thorough", max_examples=2000, derandomize=False, deadline=None, database=None)
+# `--hypothesis-profile=thorough`: other cases each time, CUMO_EXAMPLES of each test.
+EXAMPLES = int(os.environ.get("CUMO_EXAMPLES", "2000"))
+hypothesis.settings.register_profile("thorough", max_examples=EXAMPLES, derandomize=False, deadline=None, database=None)
 hypothesis.settings.load_profile("deterministic")
 
 

@@ -52,19 +52,22 @@ def assert_correct(
     rounded_to: torch.dtype,
     autocast: torch.dtype | None = None,
     never_cast: Iterable[str] = (),
+    public: Callable[..., Any] | None = None,
+    loop: Callable[..., Any] | None = None,
     **constants: Any,
 ) -> None:
     """The reference is as exact as the loop in the same dtype, and the kernels are as exact as the reference, both
-    against the loop in float64. `tensors` are those that the caller of `name` holds, also under autocast."""
+    against the loop in float64. `tensors` are those that the caller of `name`, or of `public`, holds, also under
+    autocast; the loop gets them cast."""
     wrt = list(wrt)
     narrow = cast(tensors, autocast, never_cast)
-    loop: Callable[..., Any] = getattr(loops, name)
+    public, loop = public or getattr(ck, name), loop or getattr(loops, name)
     device_type = next(t for t in tensors.values() if t is not None).device.type
     exact = differentiate(loop, in_float64(narrow), wrt, in_float64(cotangents), **constants)
 
     def in_public(**arguments: Any) -> Any:
         with torch.autocast(device_type, autocast, enabled=autocast is not None):
-            return getattr(ck, name)(**arguments)
+            return public(**arguments)
 
     def in_the_dtypes_of_the_caller(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: t.to(tensors[n[1:]].dtype) if n[1:] in wrt else t for n, t in results.items()}

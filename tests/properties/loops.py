@@ -24,7 +24,8 @@ ACTIVATIONS = {
 }
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 if it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -45,10 +46,12 @@ def topk_gating(
     segment = T if segment is None else segment
     S = T // segment if segment else 1
     exact = logits_TE.dtype == torch.float64
-    logits_TE = _wide(logits_TE)
+    logits_TE = wide(logits_TE)
     probs_TE = logits_TE.softmax(1)
-    if not exact or probs_dtype != torch.float32:
+    if not exact:
         probs_TE = probs_TE.to(probs_dtype)
+    elif probs_dtype != torch.float32:  # rounded, but what follows is exact, gradients too
+        probs_TE = probs_TE + (probs_TE.to(probs_dtype).double() - probs_TE).detach()
     ranks = probs_TE.detach().nan_to_num(nan=2.0).tolist()
     experts = [sorted(range(E), key=lambda e, rank=rank: (-rank[e], e))[:top_k] for rank in ranks]
     expert_TK = torch.tensor(experts, device=logits_TE.device).view(T, top_k)
@@ -70,7 +73,7 @@ def topk_gating(
 
 def linear_topk_gating(x_TD: Tensor, gate_ED: Tensor, *options: object, **named: object) -> Routing:
     """`topk_gating` of the logits."""
-    return topk_gating((_wide(gate_ED).to(_wide(x_TD).dtype) @ _wide(x_TD).T).T, *options, **named)
+    return topk_gating((wide(gate_ED).to(wide(x_TD).dtype) @ wide(x_TD).T).T, *options, **named)
 
 
 def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -98,11 +101,11 @@ def grouped_gemm(
 def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Tensor | None = None) -> Tensor:
     """The k-th choices of all tokens, then the next."""
     T, K = plan.slot_TK.shape
-    total_TO = _wide(y_NO).new_zeros(T, y_NO.shape[1]) if residual_TO is None else _wide(residual_TO)
+    total_TO = wide(y_NO).new_zeros(T, y_NO.shape[1]) if residual_TO is None else wide(residual_TO)
     for k in range(K):
         t = (plan.slot_TK[:, k] >= 0).nonzero()[:, 0]
-        weight = _wide(weight_TK[t, k]).to(total_TO.dtype).unsqueeze(1)
-        total_TO = total_TO.index_add(0, t, weight * _wide(y_NO[plan.slot_TK[t, k].long()]))
+        weight = wide(weight_TK[t, k]).to(total_TO.dtype).unsqueeze(1)
+        total_TO = total_TO.index_add(0, t, weight * wide(y_NO[plan.slot_TK[t, k].long()]))
     return (total_TO + _nothing_of(y_NO, weight_TK, residual_TO).to(total_TO.dtype)).to(y_NO.dtype)
 
 
@@ -121,14 +124,14 @@ def moe_mlp(
 ) -> Tensor:
     """Expert by expert, and among its tokens choice by choice."""
     E, O, width = w2_EOF.shape
-    total_TO = _wide(x_TD).new_zeros(x_TD.shape[0], O) if residual_TO is None else _wide(residual_TO)
+    total_TO = wide(x_TD).new_zeros(x_TD.shape[0], O) if residual_TO is None else wide(residual_TO)
     for e in range(E):
         for k in range(expert_TK.shape[1]):
             t = (expert_TK[:, k] == e).nonzero()[:, 0]
             z = F.linear(x_TD[t], w1_EFD[e], None if b1_EF is None else b1_EF[e])
             a = ACTIVATIONS[activation](z[:, :width])
             y = F.linear(a * z[:, width:] if gated else a, w2_EOF[e], None if b2_EO is None else b2_EO[e])
-            weight = _wide(weight_TK[t, k]).to(total_TO.dtype).unsqueeze(1)
-            total_TO = total_TO.index_add(0, t, weight * _wide(y))
+            weight = wide(weight_TK[t, k]).to(total_TO.dtype).unsqueeze(1)
+            total_TO = total_TO.index_add(0, t, weight * wide(y))
     nothing = _nothing_of(x_TD, weight_TK, w1_EFD, w2_EOF, b1_EF, b2_EO, residual_TO)
     return (total_TO + nothing.to(total_TO.dtype)).to(x_TD.dtype)

@@ -26,6 +26,14 @@ def gatings(draw, T, E):
 
 
 @st.composite
+def outputs_used(draw, top_k, normalize):
+    """Outputs that a gradient comes back to. The one weight of a token is 1, divided by itself: its gradient is nothing
+    but rounding, which that of the z-loss has to give a measure."""
+    used = draw(some.subsets(OUTPUTS))
+    return used if "z_S" in used or top_k > 1 or not normalize else [*used, "z_S"]
+
+
+@st.composite
 def logits(draw, T, E):
     """Multiples of 1/8, among which there are ties; far apart, all the same, or with a token of NaN."""
     kind = draw(st.sampled_from(["usual", "few values", "far apart", "extreme", "nan"]))
@@ -60,7 +68,9 @@ def test_topk_gating(data, machine, tiles, device):
     tensors = {"logits_TE": data.draw(logits(T, E), "logits").to(device)}
     assume(not near_a_rounding_edge(tensors["logits_TE"], constants["probs_dtype"]))
     cotangents = cotangents_of("topk_gating", tensors, data.draw(some.SEEDS), **constants)
-    cotangents = {name: cotangents[name] for name in data.draw(some.subsets(OUTPUTS), "used")}
+    cotangents = {
+        name: cotangents[name] for name in data.draw(outputs_used(constants["top_k"], constants["normalize"]), "used")
+    }
     views = data.draw(some.layouts("logits_TE"), "views")
     views_of_gradients = data.draw(some.layouts(*cotangents, of_gradients=True), "views of gradients")
     with some.running_on(machine, tiles):
@@ -87,7 +97,9 @@ def test_linear_topk_gating(data, machine, tiles, device):
         tensors["x_TD"][data.draw(st.integers(0, T - 1))] = torch.nan
     assume(not near_a_rounding_edge(tensors["x_TD"].float() @ tensors["gate_ED"].float().T, constants["probs_dtype"]))
     cotangents = cotangents_of("linear_topk_gating", tensors, data.draw(some.SEEDS), **constants)
-    cotangents = {name: cotangents[name] for name in data.draw(some.subsets(OUTPUTS), "used")}
+    cotangents = {
+        name: cotangents[name] for name in data.draw(outputs_used(constants["top_k"], constants["normalize"]), "used")
+    }
     views = data.draw(some.layouts("x_TD", "gate_ED"), "views")
     views_of_gradients = data.draw(some.layouts(*cotangents, of_gradients=True), "views of gradients")
     wrt = data.draw(some.subsets(["x_TD", "gate_ED"]), "wrt")

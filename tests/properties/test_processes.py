@@ -15,7 +15,7 @@ SECONDS = 180
 
 
 def run_job(name, argument):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("CUMO_BACKEND", None)
     code = f"from tests.properties import jobs; jobs.{name}({argument!r}); print('done')"
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -34,10 +34,13 @@ def test_forked_processes(backend):
     run_job("fork", backend)
 
 
+@pytest.mark.slow
 def test_spawned_processes():
     run_job("spawn", "triton")
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))]
+)
 def test_workers_of_a_data_loader(start):
     run_job("loader", start)
