@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from cumo.checkpoints.files import reading
 from cumo.checkpoints.published_config import find_encoder, is_published, native_fields
 from cumo_kernels.checks import check_one_of, check_top_k
 
@@ -17,6 +18,7 @@ ENCODERS = ("clip_vision_model", "siglip_vision_model")
 PROBS_DTYPES = ("float32", "bfloat16", "float16")
 CONNECTORS = ("mlp2x_gelu", "linear")
 AUX_LOSSES = ("cumo", "switch")
+MAX_LAYERS = 10_000
 # openai/clip-vit-large-patch14-336, built in so that no hub needs to be asked
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -139,6 +141,7 @@ class CuMoVisionConfig(PreTrainedConfig):
             check_one_of("encoder_config.model_type", model_type, ENCODERS)
             self.encoder_config = AutoConfig.for_model(model_type, **fields)
         check_one_of("encoder_config.model_type", self.encoder_config.model_type, ENCODERS)
+        _check_layers("encoder_config", self.encoder_config)
         check_top_k(self.num_experts_per_tok, self.num_experts)
         check_one_of("probs_dtype", self.probs_dtype, PROBS_DTYPES)
         self.scales = list(self.scales)
@@ -227,6 +230,7 @@ class CuMoConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             model_type = self.text_config.get("model_type", "mistral")
             self.text_config = AutoConfig.for_model(model_type, **_without_type(self.text_config))
+        _check_layers("text_config", self.text_config)
         check_one_of("connector_type", self.connector_type, CONNECTORS)
         check_one_of("aux_loss", self.aux_loss, AUX_LOSSES)
         check_top_k(self.connector_num_experts_per_tok, self.connector_num_experts)
@@ -234,6 +238,8 @@ class CuMoConfig(PreTrainedConfig):
             raise ValueError("connector_num_experts: expected 1 for connector_type='linear', which has no experts")
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
+        if isinstance(self.image_token_id, bool) or not isinstance(self.image_token_id, int):
+            raise ValueError(f"image_token_id: expected an integer, got {self.image_token_id!r}")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
 
@@ -259,6 +265,8 @@ class CuMoConfig(PreTrainedConfig):
             config_dict: the content of a config.json.
             kwargs: with `name_or_path`, the folder that it is from, beside which a published encoder is looked for.
         """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"config_dict: expected a dictionary, got {type(config_dict).__name__}")
         if is_published(config_dict):
             folder = Path(str(kwargs.get("name_or_path") or "."))
             encoder = find_encoder(str(config_dict.get("mm_vision_tower")), folder)
@@ -268,10 +276,11 @@ class CuMoConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in transformers; reads published folders too."""
-        config_dict, unused = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if is_published(config_dict):
-            return cls.from_dict(config_dict, name_or_path=pretrained_model_name_or_path, **unused)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with reading(pretrained_model_name_or_path, "the configuration of a model"):
+            config_dict, unused = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if is_published(config_dict):
+                return cls.from_dict(config_dict, name_or_path=pretrained_model_name_or_path, **unused)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class PublishedMistralConfig(CuMoConfig):
@@ -284,6 +293,13 @@ class PublishedMixtralConfig(CuMoConfig):
     """Lets `AutoConfig` read the published CuMo-Mixtral-8x7B; it gives a `CuMoConfig`."""
 
     model_type = "llava_mixtral"
+
+
+def _check_layers(name: str, config: Any) -> None:
+    """A model of a billion layers would be built, without a tensor, until memory is full."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is not None and (not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS):
+        raise ValueError(f"{name}.num_hidden_layers: expected an integer up to {MAX_LAYERS}, got {layers!r}")
 
 
 def _without_type(fields: dict[str, Any]) -> dict[str, Any]:

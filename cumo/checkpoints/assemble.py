@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cumo.checkpoints.convert import write_native
-from cumo.checkpoints.files import Weights, open_folder, written_aside
+from cumo.checkpoints.files import Weights, open_folder, read_json, written_aside
 from cumo.checkpoints.published_folder import read_config
 from cumo.config import ENCODERS, CuMoConfig, CuMoVisionConfig
 from cumo.models.connector import CuMoConnector
@@ -172,7 +171,7 @@ def _pixels(folder: Path) -> dict[str, Any]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
-    fields = json.loads(path.read_text())
+    fields = read_json(path)
     return {name: fields[name] for name in _PIXELS if name in fields}
 
 

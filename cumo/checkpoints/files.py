@@ -80,12 +80,57 @@ def _naming(path: Path) -> Iterator[None]:
     """Errors of the readers, naming the file."""
     try:
         yield
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, KeyError, TypeError) as error:
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"{path}: expected a file of tensors, found none") from error
         raise ValueError(
             f"{path}: expected a whole file of tensors, got a truncated or damaged one: {error}"
         ) from error
+
+
+@contextmanager
+def reading(name: object, what: str) -> Iterator[None]:
+    """Whatever the readers of other packages stumble over, as a `ValueError` that names what is read.
+
+    Args:
+        name: of a file, a folder or a repository.
+        what: it was expected to be.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # there is no end to what a field of a wrong type leads to
+        told = " ".join(str(error)[:2000].split())
+        if isinstance(error, ValueError) and str(name) in told:
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name}: expected {what}, got {kind}{told}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file holds.
+
+    Raises:
+        ValueError: it holds something else, or there is no such file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: expected a JSON file, found none") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected JSON, got what is nested too deep") from error
+    except ValueError as error:  # includes what is no UTF-8
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:
@@ -145,11 +190,25 @@ def open_folder(folder: Path) -> Weights:
     raise ValueError(f"{folder}: expected {' or '.join(WEIGHT_FILES)}, whole or with an index, found neither")
 
 
+def _is_shard(name: object) -> bool:
+    """Whether it names a file in the same folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """File of each tensor, as an index says, which must name files beside it.
+
+    Raises:
+        ValueError: it says nothing of the kind.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_shard(shard) for shard in weight_map.values()):
+        raise ValueError(f"{index}: expected a weight_map from tensors to files beside it, got another")
+    return weight_map
+
+
 def _open_shards(index: Path) -> Weights:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: expected JSON with a weight_map, got {error!r}") from error
+    weight_map = read_index(index)
     wanted: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
         wanted.setdefault(index.parent / shard, set()).add(name)

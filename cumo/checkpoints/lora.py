@@ -8,7 +8,6 @@ the model's. The rest comes from the base, whose folder `adapter_config.json` na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cumo.checkpoints.files import Weights, open_file, open_folder
+from cumo.checkpoints.files import Weights, open_file, open_folder, read_json
 from cumo.checkpoints.published_folder import Merged, lora_pairs, lora_scale, read_config
 
 CONFIG, ADAPTER, TRAINED = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors"
@@ -65,7 +64,7 @@ def base_of(folder: Path, base: Path | None = None) -> Path:
     Raises:
         ValueError: there is no such folder.
     """
-    found = base or Path(str(json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")))
+    found = base or Path(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
     if not (found / "config.json").is_file():
         raise ValueError(f"model_base: expected the folder of the model that {folder} builds on, got {str(found)!r}")
     return found

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cumo.checkpoints.files import read_json
 from cumo_kernels.checks import check_one_of
 
 # model_type of the published models -> that of their language model
@@ -50,7 +50,7 @@ def find_encoder(name: str, checkpoint: Path) -> dict[str, Any] | None:
             f"mm_vision_tower: expected {CLIP_NAME} (built in) or a folder with a config.json, got {name!r}, which is "
             f"none in the working directory, {checkpoint} or {checkpoint.parent}"
         )
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     fields = config.get("vision_config", config)
     return {"model_type": "clip_vision_model"} | {key: fields[key] for key in fields if key != "architectures"}
 

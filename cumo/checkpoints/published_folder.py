@@ -12,7 +12,6 @@ Tensors keep their published names and are read when asked for. A folder may hol
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cumo.checkpoints.files import Weights, has_weights, open_file, open_folder
+from cumo.checkpoints.files import Weights, has_weights, open_file, open_folder, read_json
 from cumo.checkpoints.published_config import encoder_folder, is_published
 
 TOWER = "model.vision_tower."
@@ -49,6 +48,11 @@ class Merged(Mapping[str, Tensor]):
         if name not in self._pairs:
             return weight
         a, b = (self._adapter[self._pairs[name][side]].float() for side in "AB")
+        if not (a.dim() == b.dim() == 2 and b.shape[1] == a.shape[0] and (b.shape[0], a.shape[1]) == weight.shape):
+            raise ValueError(
+                f"{self._adapter.file_of(self._pairs[name]['A'])}: expected A and B whose product is {name}, of shape "
+                f"{[*weight.shape]}, got {[*a.shape]} and {[*b.shape]}"
+            )
         return (weight.float() + self._scale * (b @ a)).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -65,13 +69,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or it is not JSON.
     """
     path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: expected the configuration of a model, found no such file") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    return config
+    if not path.exists():
+        raise ValueError(f"{path}: expected the configuration of a model, found no such file")
+    return read_json(path)
 
 
 def open_published(folder: Path, base: Path | None = None) -> Published:
@@ -176,9 +176,13 @@ def _in_model(name: str) -> str:
 
 def lora_scale(path: Path) -> float:
     """The factor of B A (LoRA, arXiv 2106.09685, 4.1; rank-stabilised: arXiv 2312.03732)."""
-    options = json.loads(path.read_text())
+    options = read_json(path)
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if options.get(key):
             raise ValueError(f"{path}: {key}: expected it off or empty, got {options[key]!r}")
-    rank = options["r"]
-    return float(options["lora_alpha"] / (rank**0.5 if options.get("use_rslora") else rank))
+    numbers = {key: options.get(key) for key in ("r", "lora_alpha")}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+            raise ValueError(f"{path}: {key}: expected a positive number, got {value!r}")
+    rank = float(options["r"])
+    return float(options["lora_alpha"]) / (rank**0.5 if options.get("use_rslora") else rank)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
+from cumo.checkpoints.files import read_json
 from cumo.config import CuMoConfig
 from cumo.models.connector import CuMoConnector
 from cumo.models.cumo import CuMoForConditionalGeneration
@@ -133,7 +134,7 @@ def export(source: str | Path, target: Path) -> None:
     processor.save_pretrained(target)
     (target / f"{MODULE}.py").write_text(SOURCE)
     path = target / "config.json"
-    fields = json.loads(path.read_text()) | {"architectures": ["CuMoForConditionalGeneration"], "auto_map": AUTO_MAP}
+    fields = read_json(path) | {"architectures": ["CuMoForConditionalGeneration"], "auto_map": AUTO_MAP}
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 

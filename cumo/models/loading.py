@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+from cumo.checkpoints.files import INDEX_SUFFIX, WEIGHT_FILES, read_index, reading
 from cumo.checkpoints.lora import is_adapter, open_adapter
 from cumo.checkpoints.published import native_name
 from cumo.checkpoints.published_config import is_published
@@ -19,6 +22,8 @@ from cumo.checkpoints.published_folder import open_published
 from cumo.config import CuMoConfig
 
 ADAPTER = "adapter"
+NUMBERS_PER_BYTE = 4  # two where weights of four bits are packed, and some room
+SMALL = 100_000_000  # numbers that fit anywhere
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What of a repository a model is made of
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
@@ -74,7 +79,8 @@ class LoadsBothLayouts(PreTrainedModel):
         options: dict[str, Any] = {}
         if name is not None:
             hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            raw, _ = CuMoConfig.get_config_dict(name, **hub)
+            with reading(name, "the configuration of a model"):
+                raw, _ = CuMoConfig.get_config_dict(name, **hub)
             folder = Path(name)
             if is_published(raw):
                 layout = raw["model_type"]
@@ -88,21 +94,28 @@ class LoadsBothLayouts(PreTrainedModel):
                 kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
                 name = None
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        loaded: Any = super().from_pretrained(
-            name,
-            *model_args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-            **kwargs,
-        )
+        if name is None or os.path.isdir(name):
+            tensors = options.get("state_dict", {})
+            stored = sum(tensor.nbytes for tensor in tensors.values()) if name is None else _weight_bytes(Path(name))
+            if stored and not (tolerant or output_loading_info):
+                _check_size(cls, config or CuMoConfig.from_pretrained(name), stored, pretrained_model_name_or_path)
+        with reading(pretrained_model_name_or_path, "a checkpoint of CuMo"):
+            loaded: Any = super().from_pretrained(
+                name,
+                *model_args,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+                **kwargs,
+            )
         model, info = loaded
         if layout != CuMoConfig.model_type:
             model._weight_conversions = []  # what is saved is of our layout
             model.config.name_or_path = str(pretrained_model_name_or_path)
             if (folder / "generation_config.json").is_file():
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+                with reading(folder / "generation_config.json", "a generation configuration"):
+                    model.generation_config = GenerationConfig.from_pretrained(folder)
         if output_loading_info:
             return model, info
         _check(info, layout, str(pretrained_model_name_or_path), tolerant)
@@ -128,6 +141,26 @@ def _published_arguments(folder: Path, config: Any, base: Any) -> tuple[Any, dic
         config = CuMoConfig.from_pretrained(folder)
     state_dict = {native_name(name): published.tensors[name] for name in published.tensors}
     return config, {"state_dict": state_dict}
+
+
+def _weight_bytes(folder: Path) -> int:
+    for index in (folder / (file + INDEX_SUFFIX) for file in WEIGHT_FILES):
+        if index.is_file():
+            read_index(index)
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+
+
+def _check_size(cls: Any, config: Any, stored: int, name: Any) -> None:
+    """Raise where a configuration describes a model that is larger by far than its weights.
+
+    What is missing or of another shape is told once all is loaded; until then it would take memory without bound.
+    """
+    with reading(name, "the configuration of a model"), torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
+    if numbers > NUMBERS_PER_BYTE * stored + SMALL:
+        raise ValueError(
+            f"{name}: expected the tensors of its configuration, which describes {numbers} numbers, got {stored} bytes"
+        )
 
 
 def _check(info: dict[str, Any], layout: str, name: str, tolerant: bool) -> None:

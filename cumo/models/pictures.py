@@ -16,6 +16,7 @@ MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 # no bomb to Pillow, and becomes one here.
 MAX_PIXELS = 500_000_000
 
+_METADATA = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow finds an orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -67,7 +68,12 @@ def _upright(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever their bytes led the parser to
         return image
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in _METADATA:  # they would have it turned again
+        turned.info.pop(key, None)
+    return turned
 
 
 def read_rgb(source: Path | BinaryIO, name: str) -> Image.Image:

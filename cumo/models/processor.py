@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoProcessor, BatchFeature, LlavaImageProcessorPil, Pr
 from transformers.processing_utils import MultiModalData
 from transformers.utils.hub import cached_file
 
+from cumo.checkpoints.files import read_json, reading
 from cumo.checkpoints.published_config import is_published
 from cumo.config import CuMoConfig
 from cumo.models.pictures import check_extent, to_rgb
@@ -112,7 +112,11 @@ class CuMoProcessor(ProcessorMixin):
         Raises:
             ValueError: a published model without its `tokenizer.model`.
         """
-        name = pretrained_model_name_or_path
+        with reading(pretrained_model_name_or_path, "a processor: tokenizer and image processor"):
+            return cls._from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, name: Any, **kwargs: Any) -> Any:
         hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in kwargs}
         found = [
             cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
@@ -120,7 +124,7 @@ class CuMoProcessor(ProcessorMixin):
         ]
         if found[0] is not None or found[1] is None:
             return super().from_pretrained(name, **kwargs)
-        published = json.loads(Path(found[1]).read_text())
+        published = read_json(Path(found[1]))
         if not is_published(published):
             return super().from_pretrained(name, **kwargs)
         if found[2] is None:
@@ -206,6 +210,12 @@ class CuMoProcessor(ProcessorMixin):
         add_special_tokens = not (bos and prompt.startswith(bos))
         return list(self._tokenize([prompt], add_special_tokens, {})["input_ids"][0])
 
+    def check_extent(self, picture: Image.Image, size: int | None = None, pad: bool | None = None) -> None:
+        """See `cumo.models.pictures.check_extent`; size and padding by default as they are here."""
+        edge = dict(self.image_processor.size).get("shortest_edge") or 1  # others go straight to their size
+        pads = getattr(self.image_processor, "do_pad", False) if pad is None else pad
+        check_extent(picture, size or self.high_resolution_size or edge, bool(pads))
+
     def _replacements(self, prompt: str) -> list[dict[str, Any]]:
         """Where placeholders stand in a prompt, before and after they are expanded."""
         expanded = self.image_token * self.image_seq_length
@@ -259,10 +269,8 @@ class CuMoProcessor(ProcessorMixin):
     def _pixels(self, pictures: list[Image.Image], size: int | None, options: dict[str, Any]) -> np.ndarray[Any, Any]:
         """[images, 3, H, H]; `size` in place of the H of the image processor."""
         options = {key: value for key, value in options.items() if key != "return_tensors"}
-        pads = bool(options.get("do_pad", getattr(self.image_processor, "do_pad", False)))
-        edge = size or dict(self.image_processor.size).get("shortest_edge")
         for picture in pictures:
-            check_extent(picture, edge or 1, pads)
+            self.check_extent(picture, size, options.get("do_pad"))
         if self._is_plain_padding(options):
             # The same steps without the copies between arrays and pictures, of which there are many: a long thin
             # picture grows by orders of magnitude before it is scaled down.

@@ -10,6 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from cumo.checkpoints.files import reading
+
 IMAGE_TOKEN = "<image>"
 SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -66,13 +68,17 @@ def mistral_tokenizer(path: str | Path, image_token: str = IMAGE_TOKEN) -> PreTr
         A tokenizer that begins every text with BOS, pads on the left, and pads with the unknown token as published.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it holds something else.
     """
     import sentencepiece
 
     if not Path(path).is_file():
         raise ValueError(f"path: expected a SentencePiece tokenizer.model, got {str(path)!r}, which is no file")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    with reading(path, "a SentencePiece tokenizer.model"):
+        return _of_model(sentencepiece.SentencePieceProcessor(model_file=str(path)), image_token)
+
+
+def _of_model(model: Any, image_token: str) -> PreTrainedTokenizerFast:
     special = {
         name: model.id_to_piece(index)
         for name, index in (("bos_token", model.bos_id()), ("eos_token", model.eos_id()), ("unk_token", model.unk_id()))

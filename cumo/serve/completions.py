@@ -308,4 +308,8 @@ class ChatCompletions:
         return conversation
 
     def _picture(self, part: ImagePart, name: str) -> PreparedPicture:
-        return self._pipeline.prepare_picture(self._reader.read(part.image_url.url, f"{name}.image_url"))
+        picture = self._reader.read(part.image_url.url, f"{name}.image_url")
+        try:
+            return self._pipeline.prepare_picture(picture)
+        except ValueError as error:  # too long and thin for a model that does not pad
+            raise ApiError(400, f"{name}.image_url: {error}") from error

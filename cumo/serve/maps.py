@@ -115,4 +115,9 @@ class RoutingMaps:
             request = RoutingRequest.model_validate(parse_json(body))
         except ValidationError as error:
             raise ApiError(400, sentence(error)) from error
-        return self._reader.read(request.image, "image")
+        picture = self._reader.read(request.image, "image")
+        try:
+            self._pipeline.processor.check_extent(picture)
+        except ValueError as error:
+            raise ApiError(400, f"image: {error}") from error
+        return picture

@@ -92,10 +92,26 @@ def test_a_shard_with_other_tensors_than_its_index_says(tmp_path):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "{",
+            "[]",
+            "{}",
+            "",
+            "[" * 20_000,
+            '{"weight_map": []}',
+            '{"weight_map": {"a": 1}}',
+            '{"weight_map": {"a": ""}}',
+        ),
+        *('{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "/x"}}', "\x00"),
+    ],
+    ids=lambda content: content[:40],
+)
 def test_an_index_that_is_none(content, tmp_path):
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(ValueError, match=f"{INDEX}: expected JSON with a weight_map"):
+    with pytest.raises(ValueError, match=f"{INDEX}: expected (JSON|an object|a weight_map)"):
         open_folder(tmp_path)
 
 

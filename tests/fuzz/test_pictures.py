@@ -101,6 +101,7 @@ def check_picture(random: Random) -> None:
         assert len({None if image is None else image.tobytes() for image in opened}) == 1
         if opened[0] is not None:
             assert opened[0].mode == "RGB"
+            assert to_rgb(opened[0]).tobytes() == opened[0].tobytes()
             check_pixels(opened[0])
     check_server(raw, opened[0])
 

@@ -24,7 +24,14 @@ from tests.inference.tiny import picture, save_model
 from tests.serve.serving import data_url, serving, user
 
 CHAT, ROUTING = "/v1/chat/completions", "/cumo/routing"
-LIMITS = Limits(max_body_bytes=1 << 20, max_image_bytes=1 << 19, max_tokens=3, default_tokens=2, upload_seconds=3.0)
+LIMITS = Limits(
+    max_body_bytes=1 << 20,
+    max_image_bytes=1 << 19,
+    max_text_bytes=20_000,
+    max_tokens=3,
+    default_tokens=2,
+    upload_seconds=3.0,
+)
 PNG = data_url(picture())
 REQUEST = {
     "model": "cumo",
