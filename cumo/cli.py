@@ -20,14 +20,17 @@ class Command(NamedTuple):
 
     module: str
     help: str
+    extra: str = "transformers"  # what the package has to be installed with
 
 
 COMMANDS = {
     "chat": Command("cumo.inference.chat", "talk with a model about pictures, in the terminal"),
     "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
-    "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped"),
-    "serve": Command("cumo.serve.command", "serve a model: OpenAI's chat API, and a page to try it"),
-    "demo": Command("cumo.demo.command", "the whole pipeline in minutes: data, all stages of training, a report"),
+    "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped", "train"),
+    "serve": Command("cumo.serve.command", "serve a model: OpenAI's chat API, and a page to try it", "serve"),
+    "demo": Command(
+        "cumo.demo.command", "the whole pipeline in minutes: data, all stages of training, a report", "demo"
+    ),
     "eval": Command("cumo.eval.command", "evaluate a model on the published benchmarks"),
     "export-vllm": Command("cumo.integrations.vllm", "a folder that vLLM serves through its Transformers backend"),
     "upcycle": Command("cumo.checkpoints.upcycle", "a dense checkpoint to one with experts"),
@@ -65,9 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below")
     name = parser.parse_args(argv[:1] or ["--help"]).command
-    arguments = parser_of(name).parse_intermixed_args(argv[1:])  # options may stand between key=value
     try:
+        arguments = parser_of(name).parse_intermixed_args(argv[1:])  # options may stand between key=value
         importlib.import_module(COMMANDS[name].module).run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "cumo":
+            raise
+        extra = COMMANDS[name].extra
+        print(
+            f"cumo {name}: error: {error.name} is not installed; the extra [{extra}] of cumo needs it", file=sys.stderr
+        )
+        return 2
     except (ValueError, OSError) as error:
         print(f"cumo {name}: error: {error}", file=sys.stderr)
         return 2

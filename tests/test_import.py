@@ -37,3 +37,22 @@ def test_every_name_can_be_the_first_that_is_imported(name):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("absent", "arguments", "extra"),
+    [
+        ("safetensors", ["convert", "--help"], "transformers"),
+        ("fastapi", ["serve", "/absent"], "serve"),
+        ("sklearn", ["demo", "--quick"], "demo"),
+    ],
+)
+def test_a_command_says_at_once_what_is_not_installed(absent, arguments, extra, tmp_path):
+    code = f"import sys; sys.modules[{absent!r}] = None; from cumo.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    command = arguments[0]
+    assert result.returncode == 2
+    assert result.stderr == f"cumo {command}: error: {absent} is not installed; the extra [{extra}] of cumo needs it\n"

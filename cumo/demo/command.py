@@ -38,10 +38,11 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: `--out` holds something else than a run with these options.
         OSError: something cannot be read or written.
+        ModuleNotFoundError: a package of the extra `demo` is not installed.
     """
     for package in ("matplotlib", "sklearn"):
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"the demo needs {package}: install the extra demo of this package")
+            raise ModuleNotFoundError(f"the demo needs {package}", name=package)
     from cumo.demo import report
     from cumo.demo.pipeline import RESULTS, Demo
     from cumo.demo.settings import FULL, QUICK

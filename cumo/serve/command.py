@@ -53,15 +53,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until a signal.
 
     Raises:
-        ValueError: an argument does not fit, or a package is missing.
+        ValueError: an argument does not fit.
+        ModuleNotFoundError: a package of the extra `serve` is not installed.
     """
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
-    try:
-        import uvicorn
+    import uvicorn
 
-        from cumo.serve.app import create_app
-    except ImportError as error:
-        raise ValueError(f"serving needs further packages (pip install 'cumo[serve]'): {error}") from error
+    from cumo.serve.app import create_app
+
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and not _is_loopback(arguments.host):
         print(f"Warning: whoever reaches {arguments.host} may use the model: there is no {KEY_VARIABLE}.")
