@@ -106,6 +106,9 @@ class Chat:
         except ValueError as error:
             self._say(f"[not asked: {error}; /reset begins anew]\n")
             return
+        except KeyboardInterrupt:
+            self._say("[not asked]\n")
+            return
         try:
             for piece in stream:
                 said.append(piece)

@@ -177,15 +177,16 @@ class CuMoPipeline:
                 pieces.put(error)
 
         worker = threading.Thread(target=work, name="cumo-stream", daemon=True)
-        worker.start()
         try:
+            worker.start()
             while (piece := pieces.get()) is not None:
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
         finally:
             row.cancel()
-            worker.join()
+            if worker.ident is not None:  # else it was not even started
+                worker.join()
 
     def prepare(
         self,

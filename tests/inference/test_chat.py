@@ -106,6 +106,16 @@ def test_a_conversation_that_is_too_long_is_not_asked(chat, pipeline, monkeypatc
     assert chat.messages == []
 
 
+def test_a_question_that_is_stopped_before_it_was_asked(chat, pipeline, monkeypatch):
+    def stream(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "stream", stream)
+    assert chat.handle("What?")
+    assert output(chat) == "[not asked]\n"
+    assert chat.messages == []
+
+
 def test_an_answer_that_is_stopped_keeps_what_was_said(chat, pipeline, monkeypatch):
     def stream(*_):
         yield "A cat"
@@ -145,16 +155,36 @@ class Terminal:
         )
         os.close(slave)
         self.seen = ""
+        self.shown = ""
 
     def expect(self, pattern, timeout=180.0):
         """What comes until the pattern."""
+        assert self.comes(pattern, timeout), f"expected {pattern!r}, got {self.shown[-2000:]!r}"
+
+    def comes(self, pattern, timeout):
+        """Whether the pattern comes in time; if so, everything up to its end is done with."""
         end = time.monotonic() + timeout
         while not (match := re.search(pattern, self.seen)):
             ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"expected {pattern!r}, got {self.seen!r}"
-            self.seen += os.read(self.master, 4096).decode("utf-8", "replace")
-        before, self.seen = self.seen[: match.start()], self.seen[match.end() :]
-        return before
+            if not ready:
+                return False
+            text = os.read(self.master, 4096).decode("utf-8", "replace")
+            self.seen += text
+            self.shown += text
+        self.seen = self.seen[match.end() :]
+        return True
+
+    def interrupt(self, pattern):
+        """Press Ctrl-C until the pattern comes.
+
+        Python's `input` prints its prompt, and every key, a moment before it waits. A Ctrl-C within that moment, which
+        a program can hit and a person cannot, is acted on at the next key only.
+        """
+        for _ in range(18):
+            self.type("\x03")
+            if self.comes(pattern, timeout=10.0):
+                return
+        raise AssertionError(f"expected {pattern!r}, got {self.shown[-2000:]!r}")
 
     def type(self, text):
         os.write(self.master, text.encode())
@@ -173,11 +203,11 @@ def test_the_command_in_a_terminal(folder, png):
         terminal.type("What is this?\n")
         terminal.expect(r"What is this\?\r\n")
         terminal.expect(r"\S{3}")  # the answer begins, and would go on for minutes
-        terminal.type("\x03")
-        terminal.expect(r"\[stopped\]")
+        terminal.interrupt(r"\[stopped\]")
         terminal.expect("> ")
-        terminal.type("half a line\x03")
-        terminal.expect("Ctrl-D or /exit to leave")
+        terminal.type("half a line")
+        terminal.expect("half a line")  # a Ctrl-C drops what was typed and not read: readline would wait for it
+        terminal.interrupt("Ctrl-D or /exit to leave")
         terminal.expect("> ")
         terminal.type("/reset\n")
         terminal.expect(r"\[forgotten\]")
