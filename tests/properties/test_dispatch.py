@@ -15,7 +15,7 @@ from tests.properties.agreement import assert_correct, cotangents_of, laid_out
 K_AND_E = st.tuples(st.integers(1, 5), st.integers(1, 12))
 
 
-@some.examples(30)
+@some.examples(20)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_plan_dispatch(data, machine, tiles, device):
     T, (K, E) = data.draw(some.TOKENS, "T"), data.draw(K_AND_E, "K, E")
@@ -28,7 +28,7 @@ def test_plan_dispatch(data, machine, tiles, device):
         assert_bitwise_equal({name: field.cpu() for name, field in plan._asdict().items()}, expected)
 
 
-@some.examples(16)
+@some.examples(10)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_permute(data, machine, tiles, device):
     T, (K, E) = data.draw(some.TOKENS, "T"), data.draw(K_AND_E, "K, E")
@@ -44,7 +44,7 @@ def test_permute(data, machine, tiles, device):
         assert_correct("permute", tensors, wrt=["x_TD"], cotangents=cotangents, rounded_to=dtype, plan=plan)
 
 
-@some.examples(16)
+@some.examples(10)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_combine(data, machine, tiles, device):
     T, (K, E) = data.draw(some.TOKENS, "T"), data.draw(K_AND_E, "K, E")

@@ -22,7 +22,7 @@ def on(device, tensors):
     return {name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
 
 
-@some.examples(12)
+@some.examples(8)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_grouped_gemm(data, machine, tiles, device):
     T, K, E = data.draw(some.TOKENS, "T"), data.draw(st.integers(1, 2), "K"), data.draw(EXPERTS, "E")
@@ -55,7 +55,7 @@ def test_grouped_gemm(data, machine, tiles, device):
         )
 
 
-@some.examples(16)
+@some.examples(10)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_moe_mlp(data, machine, tiles, device):
     T, K, E = data.draw(some.TOKENS, "T"), data.draw(st.integers(1, 4), "K"), data.draw(EXPERTS, "E")

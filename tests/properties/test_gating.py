@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from tests.properties import strategies as some
 from tests.properties.agreement import assert_correct, cotangents_of, laid_out
 
-pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+# NumPy, which carries out the kernels in the interpreter, warns of what is tried here.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(invalid value|overflow|divide by zero|All-NaN slice) encountered:RuntimeWarning"
+)
 
 OUTPUTS = ["weight_TK", "balance_S", "z_S", "mean_probs_SE"]
 

@@ -75,7 +75,7 @@ def layers(draw, dtype):
     )
 
 
-@some.examples(12)
+@some.examples(8)
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_moe_mlp_module(data, machine, tiles, device):
     autocast = data.draw(some.AUTOCAST, "autocast")
