@@ -20,6 +20,7 @@ from cumo.data.pictures import open_picture
 from cumo.data.pixels import PixelReader
 from cumo.data.rows import RowIndex
 from cumo.data.sources import DataSource
+from cumo.data.yaml_text import shown
 from cumo.models.prompts import IGNORE_INDEX, Encoded, Template
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Fault(NamedTuple):
             return f"{self.file}: {self.reason}"
         if not self.row:
             return f"{self.file}:{self.line}: {self.reason}"
-        return f"{self.file}:{self.line}: row {self.row}, sample {self.sample_id!r}: {self.reason}"
+        return f"{self.file}:{self.line}: row {self.row}, sample {shown(self.sample_id)}: {self.reason}"
 
 
 class BadSampleError(ValueError):

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from cumo.checkpoints.assemble import assemble_checkpoint, assemble_processor, write_model
 from cumo.checkpoints.convert import convert_to_native
-from cumo.checkpoints.files import written_aside
+from cumo.checkpoints.files import read_json, reading, written_aside
 from cumo.checkpoints.lora import is_adapter
 from cumo.checkpoints.published_config import is_published
 from cumo.checkpoints.published_folder import read_config
@@ -35,6 +35,7 @@ from cumo.data import (
     check_data,
     read_sources,
 )
+from cumo.data.yaml_text import parse_yaml, shown
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
 from cumo.train import adapters, checkpoints
@@ -293,11 +294,14 @@ def _cut_log(log: Path, step: int) -> float:
 def _lines(log: Path) -> list[dict[str, Any]]:
     """What a log says; the last line may be cut off where a process was killed."""
     lines = []
-    for text in log.read_text(encoding="utf-8").splitlines():
+    for text in log.read_bytes().splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not {"step", "seconds", "loss"} <= line.keys():
+            break
+        lines.append(line)
     return lines
 
 
@@ -321,17 +325,18 @@ def _save_final(trainer: CuMoTrainer, recipe: Recipe, seconds: float) -> None:
 
 def _result_of(recipe: Recipe) -> StageResult:
     folder = recipe.folder / FINAL
-    return StageResult(folder, **json.loads((folder / RESULT).read_text()))
+    with reading(folder / RESULT, "what came of a stage"):
+        return StageResult(folder, **read_json(folder / RESULT))
 
 
 def _compare_with_run(recipe: Recipe) -> None:
     """Refuse to mix two runs in one folder."""
-    import yaml
-
     path = recipe.folder / "recipe.yaml"
     if not path.is_file():
         return
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
+    there = parse_yaml(path.read_bytes(), str(path))
+    if not isinstance(there, dict):
+        raise ValueError(f"{path}: expected the recipe of the run in this folder, got {shown(there)}")
     differing = {
         key: values for key, values in differences(there, recipe.to_dict()).items() if not key.startswith(_FREE)
     }

@@ -121,3 +121,36 @@ def check_benchmark(random: Random, made: tuple[Path, Path] | None = None) -> No
 @given(random=RANDOM)
 def test_benchmarks(benchmarks, random):
     check_benchmark(random, benchmarks)
+
+
+TRAPS = [
+    ("out/pope/header.json", "[]", "expected an object, got"),
+    ("out/pope/header.json", "[" * 20_000, "expected JSON"),
+    ("out/pope/answers.0-of-1.jsonl", '{"id": [1], "text": "yes"}\n', "line 1: expected the id of a question"),
+    ("out/pope/answers.0-of-1.jsonl", "[" * 20_000 + "\n{}\n", "line 1: expected JSON"),
+    ("out/pope/answers.0-of-1.jsonl", '{"id": "' + "y" * 100_000 + '"}\n', "line 1: expected the id of a question"),
+    ("data/textvqa/TextVQA_0.5.1_val.json", '{"data": 3}', "data: expected a list, got 3"),
+    ("data/scienceqa/pid_splits.json", '{"test": [[1]]}', "expected ids of problems.json"),
+    ("data/vqav2/v2_mscoco_val2014_annotations.json", None, "answers: expected objects, got"),
+    ("data/MME/MME_Benchmark_release_version/OCR/1.txt", "\udcff", "expected UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(("file", "content", "message"), TRAPS, ids=range(len(TRAPS)))
+def test_files_that_are_none(benchmarks, tmp_path, file, content, message):
+    shutil.copytree(benchmarks[0], tmp_path / "data")
+    kinds = {"textvqa": "textvqa", "scienceqa": "scienceqa", "vqav2": "vqav2_val", "MME": "mme"}
+    name = next((kinds[part] for part in Path(file).parts if part in kinds), "pope")
+    run(tmp_path / "data", tmp_path / "out", name, benchmarks[1])
+    (tmp_path / "out" / "results.json").unlink()
+    path = tmp_path / file
+    if content is None:
+        annotations = json.loads(path.read_text())
+        annotations["annotations"][0]["answers"] = [None] * 10
+        content = json.dumps(annotations)
+    assert path.exists()
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message) as raised:
+        run(tmp_path / "data", tmp_path / "out", name, benchmarks[1])
+    assert path.name in str(raised.value) and len(str(raised.value)) < 3000
+    assert not (tmp_path / "out" / "results.json").exists()

@@ -212,3 +212,29 @@ def test_a_model_that_is_none(data, tmp_path, checked):
     recipe = Recipe.from_dict(recipe_for(tmp_path / "run", str(tmp_path / "absent"), data))
     with pytest.raises(ValueError, match=r"absent.config.json: expected the configuration of a model, found no such"):
         check_recipe(recipe) if checked else run_stage(recipe)
+
+
+@pytest.mark.parametrize("content", ["", "[", "- a", "stage: &a [*a]", "\0", "stage: a\nstage: b"])
+def test_a_damaged_recipe_beside_a_run(tmp_path, content):
+    recipe = Recipe.from_dict(recipe_for(tmp_path, "model", "data.json"))
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "recipe.yaml"))):
+        run_stage(recipe)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 20_000, '{"steps": 1, "loss": 1, "seconds": 1, "more": 2}'])
+def test_a_damaged_result_of_a_stage(tmp_path, content):
+    recipe = Recipe.from_dict(recipe_for(tmp_path, "model", "data.json"))
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "result.json").write_text(content)
+    with pytest.raises(ValueError, match="result.json: expected"):
+        run_stage(recipe)
+
+
+@pytest.mark.parametrize("tail", [b"", b"{", b"\xff\n", b"[1]\n", b"{}\n", b"[" * 20_000 + b"\n", b'{"step": 2'])
+def test_a_log_that_was_cut_off(tmp_path, tail):
+    log = tmp_path / "log.jsonl"
+    whole = b'{"step": 1, "loss": 2.0, "seconds": 3.0}\n'
+    log.write_bytes(whole + tail)
+    assert stage_module._cut_log(log, 5) == 3.0
+    assert log.read_bytes() == whole
