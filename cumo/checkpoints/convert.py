@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cumo.checkpoints.files import MAX_SHARD_BYTES, open_folder, write_json, write_shards, written_aside
+from cumo.checkpoints.files import MAX_SHARD_BYTES, open_folder, reading, write_json, write_shards, written_aside
 from cumo.checkpoints.lora import is_adapter, open_adapter
 from cumo.checkpoints.published import native_tensors, published_tensors
 from cumo.checkpoints.published_config import CLIP_NAME, is_published, published_fields
@@ -73,7 +73,7 @@ def checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig, source: P
 
 
 def _checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig) -> Iterator[tuple[str, Tensor]]:
-    with torch.device("meta"):
+    with reading("its configuration", "that of a model"), torch.device("meta"):
         model = CuMoForConditionalGeneration(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     missing = set(expected) - set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -320,3 +320,10 @@ def test_pickles_are_not_run(checkpoints, tmp_path, monkeypatch, value):
     with pytest.raises(ValueError, match="pytorch_model.bin"):
         CuMoForConditionalGeneration.from_pretrained(folder)
     assert not Opened.trace.exists()
+
+
+def test_a_configuration_that_fits_no_model_when_converting(checkpoints, tmp_path):
+    folder = _changed(checkpoints / "native", tmp_path / "model", "config.json", ("text_config", "hidden_act"), "x")
+    code, err = run("upcycle", folder, tmp_path / "target", "--text", 2)
+    assert code == 2 and "cumo upcycle: error: " in err and str(folder) in err
+    assert not (tmp_path / "target").exists() and not list(tmp_path.glob(".target*"))

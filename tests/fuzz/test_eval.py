@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -132,6 +133,10 @@ TRAPS = [
     ("data/textvqa/TextVQA_0.5.1_val.json", '{"data": 3}', "data: expected a list, got 3"),
     ("data/scienceqa/pid_splits.json", '{"test": [[1]]}', "expected ids of problems.json"),
     ("data/vqav2/v2_mscoco_val2014_annotations.json", None, "answers: expected objects, got"),
+    ("data/llava-bench-in-the-wild/context.jsonl", {"caption": [3]}, "caption: expected text, got [3]"),
+    ("data/mathvista/data/testmini.json", {"metadata": 3}, "metadata: expected another type, got 3"),
+    ("data/mathvista/data/testmini.json", {"metadata": {"skills": 3}}, "expected a list of skills, got"),
+    ("data/mathvista/data/testmini.json", {"choices": 3}, "choices: expected another type, got 3"),
     ("data/MME/MME_Benchmark_release_version/OCR/1.txt", "\udcff", "expected UTF-8 text"),
 ]
 
@@ -140,6 +145,7 @@ TRAPS = [
 def test_files_that_are_none(benchmarks, tmp_path, file, content, message):
     shutil.copytree(benchmarks[0], tmp_path / "data")
     kinds = {"textvqa": "textvqa", "scienceqa": "scienceqa", "vqav2": "vqav2_val", "MME": "mme"}
+    kinds |= {"llava-bench-in-the-wild": "llava_wild", "mathvista": "mathvista"}
     name = next((kinds[part] for part in Path(file).parts if part in kinds), "pope")
     run(tmp_path / "data", tmp_path / "out", name, benchmarks[1])
     (tmp_path / "out" / "results.json").unlink()
@@ -149,8 +155,14 @@ def test_files_that_are_none(benchmarks, tmp_path, file, content, message):
         annotations["annotations"][0]["answers"] = [None] * 10
         content = json.dumps(annotations)
     assert path.exists()
+    if isinstance(content, dict):  # of its first row
+        raw = path.read_text()
+        values = [json.loads(line) for line in raw.splitlines()] if path.suffix == ".jsonl" else json.loads(raw)
+        first = values[0] if isinstance(values, list) else next(iter(values.values()))
+        first.update(content)
+        content = "\n".join(map(json.dumps, values)) if path.suffix == ".jsonl" else json.dumps(values)
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         run(tmp_path / "data", tmp_path / "out", name, benchmarks[1])
     assert path.name in str(raised.value) and len(str(raised.value)) < 3000
     assert not (tmp_path / "out" / "results.json").exists()

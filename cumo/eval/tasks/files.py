@@ -156,7 +156,7 @@ def read_entries(path: Path, content: Mapping[str, Any]) -> dict[str, Row]:
     """
     if not content:
         raise ValueError(f"{path}: expected entries, found none")
-    return {key: _row(values, f"{path}: entry {key}") for key, values in content.items()}
+    return {key: _row(values, f"{path}: entry {key[:200]}") for key, values in content.items()}
 
 
 def read_table(path: Path) -> list[Row]:

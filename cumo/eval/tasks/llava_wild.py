@@ -43,6 +43,9 @@ class LlavaWild(Task):
         rows = read_rows(self.path / "context.jsonl")
         unique(((row.text("image"), row.source) for row in rows), "image")
         captions = {row.text("image"): row.get("caption", str, list) for row in rows}
+        for row in rows:
+            if not all(isinstance(line, str) for line in row.get("caption")):
+                raise ValueError(f"{row.source}: caption: expected text, got {shown(row.get('caption'))}")
         return {image: text if isinstance(text, str) else "\n".join(text) for image, text in captions.items()}
 
     def _answers(self) -> dict[str, Row]:

@@ -84,6 +84,12 @@ class MathVista(Task):
             picture = Picture(row.text("image"), encoded["bytes"])
         else:
             picture = row.picture("image", self.path / "data")
+        for name, expected in (("choices", list), ("precision", (int, float)), ("metadata", dict)):
+            value = row.values.get(name)
+            if value is not None and not isinstance(value, expected):
+                raise ValueError(f"{row.source}: {name}: expected another type, got {shown(value)}")
+        if not isinstance((row.values.get("metadata") or {}).get("skills", []), list):
+            raise ValueError(f"{row.source}: metadata: expected a list of skills, got {shown(row.values['metadata'])}")
         choices = row.values.get("choices") or ()
         kind = row.text("question_type")
         problem = mathvista.Problem(
