@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from cumo.inference.fetch import fetch
 from cumo.inference.pipeline import CuMoPipeline
 from cumo.serve.completions import ChatCompletions
+from cumo.serve.engine import Engine
 from cumo.serve.errors import ApiError
 from cumo.serve.guard import ASSETS, Guard
 from cumo.serve.http import ClientGoneError, Slots
@@ -60,7 +61,6 @@ def create_app(
     scheduler.metrics = metrics = Metrics(pipeline.features, lambda: scheduler.waiting)
     slots = Slots(limits.slots)
     pool = ThreadPoolExecutor(min(4, max(2, os.cpu_count() or 1)), thread_name_prefix="cumo-decode")
-    reader = ImageReader(limits, allow_urls, fetch)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,8 +73,8 @@ def create_app(
     # The pages of FastAPI that document an API load their scripts from elsewhere.
     app = FastAPI(title="CuMo", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.scheduler, app.state.slots, app.state.metrics = scheduler, slots, metrics
-    chat = ChatCompletions(pipeline, scheduler, reader, limits, slots, pool, model_id, metrics)
-    maps = RoutingMaps(pipeline, scheduler, reader, limits, slots, pool)
+    engine = Engine(pipeline, scheduler, ImageReader(limits, allow_urls, fetch), limits, slots, pool)
+    chat, maps = ChatCompletions(engine, model_id, metrics), RoutingMaps(engine)
     for path, endpoint, schema in ((CHAT, chat, ChatRequest), (ROUTING, maps, RoutingRequest)):
         body = {"content": {"application/json": {"schema": schema.model_json_schema()}}, "required": True}
         app.add_api_route(path, _bound(endpoint), methods=["POST"], openapi_extra={"requestBody": body})

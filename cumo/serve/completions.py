@@ -9,24 +9,20 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Executor
 from functools import partial
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cumo.inference.features import PreparedPicture
 from cumo.inference.options import Completion, GenerationOptions
-from cumo.inference.pipeline import CuMoPipeline
 from cumo.inference.rows import Row
-from cumo.serve.errors import ApiError, sentence
-from cumo.serve.http import EventStream, Slots, Ticket, event, parse_json, read_body, unless_gone
-from cumo.serve.images import ImageReader
-from cumo.serve.limits import Limits
+from cumo.serve.engine import Engine, parse_request
+from cumo.serve.errors import ApiError
+from cumo.serve.http import EventStream, Ticket, event, read_body, unless_gone
 from cumo.serve.metrics import Metrics
-from cumo.serve.scheduler import Job, Scheduler
+from cumo.serve.scheduler import Job
 from cumo.serve.schemas import ChatRequest, ImagePart
 
 logger = logging.getLogger(__name__)
@@ -179,33 +175,13 @@ class ChatCompletions:
     """The endpoint.
 
     Args:
-        pipeline: prepares rows.
-        scheduler: runs them.
-        reader: of pictures.
-        limits: of a request.
-        slots: places for requests.
-        pool: threads for decoding and tokenizing.
+        engine: answers.
         model_id: what the model is called.
         metrics: what is counted.
     """
 
-    def __init__(
-        self,
-        pipeline: CuMoPipeline,
-        scheduler: Scheduler,
-        reader: ImageReader,
-        limits: Limits,
-        slots: Slots,
-        pool: Executor,
-        model_id: str,
-        metrics: Metrics,
-    ) -> None:
-        self._pipeline = pipeline
-        self._scheduler = scheduler
-        self._reader = reader
-        self._limits = limits
-        self._slots = slots
-        self._pool = pool
+    def __init__(self, engine: Engine, model_id: str, metrics: Metrics) -> None:
+        self._engine = engine
         self._model_id = model_id
         self._metrics = metrics
 
@@ -216,11 +192,11 @@ class ChatCompletions:
             ApiError: it cannot be answered.
             ClientGoneError: the client hung up.
         """
-        ticket = self._slots.take()
+        ticket = self._engine.slots.take()
         answer: Answer | None = None
         streams = False
         try:
-            body = await read_body(request, self._limits)
+            body = await read_body(request, self._engine.limits)
             answer = await unless_gone(self._begin(body, ticket), request.receive)
             streams = bool(answer.request.stream)
             if streams:
@@ -234,20 +210,16 @@ class ChatCompletions:
 
     async def _begin(self, body: bytes, ticket: Ticket) -> Answer:
         """Check the request, prepare its rows outside of the event loop, and queue them."""
-        loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(self._pool, self._parse, body)
+        request = await self._engine.in_pool(self._parse, body)
         answer = Answer(request, self._model_id, ticket, self._metrics)
-        answer.rows = await loop.run_in_executor(self._pool, self._rows, answer)
+        answer.rows = await self._engine.in_pool(self._rows, answer)
         for index, row in enumerate(answer.rows):
-            self._scheduler.submit(Job(row, partial(answer.fail, index)))
+            self._engine.scheduler.submit(Job(row, partial(answer.fail, index)))
         return answer
 
     def _parse(self, body: bytes) -> ChatRequest:
-        try:
-            request = ChatRequest.model_validate(parse_json(body))
-        except ValidationError as error:
-            raise ApiError(400, sentence(error)) from error
-        limits = self._limits
+        request = parse_request(ChatRequest, body)
+        limits = self._engine.limits
         if request.model not in (None, self._model_id):
             raise ApiError(
                 404, f"model: expected {self._model_id!r}, got {str(request.model)[:80]!r}", "model_not_found"
@@ -273,13 +245,13 @@ class ChatCompletions:
         for index in range(request.n or 1):
             try:
                 options = GenerationOptions(
-                    max_new_tokens=request.token_limit or self._limits.default_tokens,
+                    max_new_tokens=request.token_limit or self._engine.limits.default_tokens,
                     temperature=1.0 if request.temperature is None else request.temperature,
                     top_p=1.0 if request.top_p is None else request.top_p,
                     stop=request.stop or (),
                     seed=None if request.seed is None else (request.seed + index) % 2**63,
                 )
-                row = self._pipeline.prepare(
+                row = self._engine.pipeline.prepare(
                     conversation,
                     options,
                     partial(answer.say, index),
@@ -308,8 +280,8 @@ class ChatCompletions:
         return conversation
 
     def _picture(self, part: ImagePart, name: str) -> PreparedPicture:
-        picture = self._reader.read(part.image_url.url, f"{name}.image_url")
+        picture = self._engine.reader.read(part.image_url.url, f"{name}.image_url")
         try:
-            return self._pipeline.prepare_picture(picture)
+            return self._engine.pipeline.prepare_picture(picture)
         except ValueError as error:  # too long and thin for a model that does not pad
             raise ApiError(400, f"{name}.image_url: {error}") from error

@@ -6,22 +6,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from concurrent.futures import Executor
 from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from cumo.inference.pipeline import CuMoPipeline
 from cumo.inference.routing import ExpertMaps, PictureRouting, picture_routing
-from cumo.serve.errors import ApiError, sentence
-from cumo.serve.http import Slots, parse_json, read_body, unless_gone
-from cumo.serve.images import ImageReader
-from cumo.serve.limits import Limits
-from cumo.serve.scheduler import Scheduler
+from cumo.serve.engine import Engine, parse_request
+from cumo.serve.errors import ApiError
+from cumo.serve.http import read_body, unless_gone
 from cumo.serve.schemas import RoutingRequest
 
 
@@ -66,29 +61,11 @@ class RoutingMaps:
     """The endpoint.
 
     Args:
-        pipeline: encodes.
-        scheduler: whose thread encodes.
-        reader: of pictures.
-        limits: of a request.
-        slots: places for requests.
-        pool: threads for decoding.
+        engine: encodes.
     """
 
-    def __init__(
-        self,
-        pipeline: CuMoPipeline,
-        scheduler: Scheduler,
-        reader: ImageReader,
-        limits: Limits,
-        slots: Slots,
-        pool: Executor,
-    ) -> None:
-        self._pipeline = pipeline
-        self._scheduler = scheduler
-        self._reader = reader
-        self._limits = limits
-        self._slots = slots
-        self._pool = pool
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request.
@@ -97,27 +74,23 @@ class RoutingMaps:
             ApiError: it cannot be answered.
             ClientGoneError: the client hung up.
         """
-        ticket = self._slots.take()
+        ticket = self._engine.slots.take()
         try:
-            body = await read_body(request, self._limits)
+            body = await read_body(request, self._engine.limits)
             return JSONResponse(await unless_gone(self._answer(body), request.receive))
         finally:
             ticket.release()
 
     async def _answer(self, body: bytes) -> dict[str, Any]:
-        loop = asyncio.get_running_loop()
-        picture = await loop.run_in_executor(self._pool, self._picture, body)
-        routing = await asyncio.wrap_future(self._scheduler.call(lambda: picture_routing(self._pipeline, picture)))
-        return await loop.run_in_executor(self._pool, response, routing)
+        engine = self._engine
+        picture = await engine.in_pool(self._picture, body)
+        routing = await asyncio.wrap_future(engine.scheduler.call(lambda: picture_routing(engine.pipeline, picture)))
+        return await engine.in_pool(response, routing)
 
     def _picture(self, body: bytes) -> Image.Image:
+        picture = self._engine.reader.read(parse_request(RoutingRequest, body).image, "image")
         try:
-            request = RoutingRequest.model_validate(parse_json(body))
-        except ValidationError as error:
-            raise ApiError(400, sentence(error)) from error
-        picture = self._reader.read(request.image, "image")
-        try:
-            self._pipeline.processor.check_extent(picture)
+            self._engine.pipeline.processor.check_extent(picture)
         except ValueError as error:
             raise ApiError(400, f"image: {error}") from error
         return picture

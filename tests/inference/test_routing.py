@@ -6,10 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cumo.inference import CuMoPipeline, GenerationOptions, picture_routing
+from cumo.inference import GenerationOptions, picture_routing
 from cumo.models.multiscale import resize, split_tiles
-from tests.inference.tiny import ask, picture
-from tests.models.tiny import tiny_model
+from tests.inference.tiny import ask, dense_pipeline, picture
 
 
 def test_maps_are_what_the_routers_said(pipeline):
@@ -80,22 +79,7 @@ def test_embeddings_are_kept_for_the_question(pipeline):
 
 @pytest.mark.parametrize("high_resolution", [False, True])
 def test_dense_and_high_resolution_models(pipeline, high_resolution):
-    model = tiny_model(
-        text_type="mistral",
-        text={"vocab_size": 32000},
-        vision={"num_experts": 1, "num_experts_per_tok": 1, "high_resolution": high_resolution},
-        connector_num_experts=1,
-        connector_num_experts_per_tok=1,
-    )
-    processor = type(pipeline.processor)(
-        type(pipeline.processor.image_processor)(
-            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, do_pad=True
-        ),
-        pipeline.processor.tokenizer,
-        image_seq_length=9,
-        high_resolution_size=24 if high_resolution else None,
-    )
-    routing = picture_routing(CuMoPipeline(model, processor), picture())
+    routing = picture_routing(dense_pipeline(pipeline, high_resolution=high_resolution), picture())
     assert routing.vision == ()
     assert routing.connector is None
     assert routing.picture.size == (672, 672)

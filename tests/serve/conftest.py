@@ -3,23 +3,10 @@
 
 import pytest
 
-from cumo.inference import CuMoPipeline
-from tests.inference.tiny import save_model
+from tests.inference.tiny import folder, pipeline
 from tests.serve.serving import serving
 
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A checkpoint with its processor."""
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def pipeline(folder):
-    """Loaded from the folder."""
-    return CuMoPipeline.from_pretrained(folder, device="cpu")
+__all__ = ["client", "folder", "pipeline", "server"]
 
 
 @pytest.fixture(scope="module")

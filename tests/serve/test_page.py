@@ -9,10 +9,9 @@ import shutil
 
 import pytest
 
-from cumo.inference import CuMoPipeline, GenerationOptions, picture_routing
+from cumo.inference import GenerationOptions, picture_routing
 from cumo.serve.limits import Limits
-from tests.inference.tiny import ask, picture
-from tests.models.tiny import tiny_model
+from tests.inference.tiny import ask, dense_pipeline, picture
 from tests.serve.serving import data_url, serving, until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -253,21 +252,7 @@ def test_the_key_is_asked_for(open_page, pipeline):
 
 
 def test_a_dense_model_has_nothing_to_show(open_page, pipeline):
-    model = tiny_model(
-        text_type="mistral",
-        text={"vocab_size": 32000},
-        vision={"num_experts": 1, "num_experts_per_tok": 1},
-        connector_num_experts=1,
-        connector_num_experts_per_tok=1,
-    )
-    processor = type(pipeline.processor)(
-        type(pipeline.processor.image_processor)(
-            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, do_pad=True
-        ),
-        pipeline.processor.tokenizer,
-        image_seq_length=9,
-    )
-    with serving(CuMoPipeline(model, processor)) as server:
+    with serving(dense_pipeline(pipeline)) as server:
         page = open_page(server)
         drop(page, picture())
         page.wait_for_function("() => document.getElementById('panel-state').textContent.includes('are dense')")
