@@ -29,7 +29,7 @@ def test_first_use_by_several_threads(backend):
     run_job("first_use_in_threads", backend)
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 def test_forked_processes(backend):
     run_job("fork", backend)
 
