@@ -60,7 +60,7 @@ def layers(draw, dtype):
     E = draw(st.integers(1, 6))
     return MoEMLP(
         draw(some.WIDTHS),
-        draw(some.WIDTHS),
+        draw(some.HIDDEN_WIDTHS),
         draw(st.none() | some.WIDTHS),
         num_experts=E,
         top_k=draw(st.integers(1, E)),
