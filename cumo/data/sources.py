@@ -34,7 +34,7 @@ class DataSource:
     sampling: str = "all"
     """all, or first:N, end:N or random:N: so many rows, in the order of the file; N% for a share, rounded up."""
     weight: float = 1.0
-    """How often an epoch goes through the rows taken: 2 is twice, 0.5 is a random half of them."""
+    """How often an epoch goes through the rows taken: 2 is twice, 0.5 is a random half of them; at most 1000."""
 
     def __post_init__(self) -> None:
         for name in ("path", "image_folder"):

@@ -15,6 +15,7 @@ from cumo.data.yaml_text import shown
 def _parse(line: bytes, source: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # halves of characters cannot be written again
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected JSON, got {error}") from error
     if not isinstance(record, dict):

@@ -137,6 +137,8 @@ TRAPS = [
     ("data/mathvista/data/testmini.json", {"metadata": 3}, "metadata: expected another type, got 3"),
     ("data/mathvista/data/testmini.json", {"metadata": {"skills": 3}}, "expected a list of skills, got"),
     ("data/mathvista/data/testmini.json", {"choices": 3}, "choices: expected another type, got 3"),
+    ("out/pope/answers.0-of-1.jsonl", '{"id": "x", "text": "\\ud800"}\n', "line 1: expected JSON"),
+    ("data/mathvista/data/testmini.json", {"query": "\ud800"}, "expected JSON, got"),
     ("data/MME/MME_Benchmark_release_version/OCR/1.txt", "\udcff", "expected UTF-8 text"),
 ]
 

@@ -95,7 +95,9 @@ def existing(path: Path) -> Path:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return json.loads(text)
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()  # halves of characters cannot be written again
+        return content
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: expected JSON, got {error}") from error
 

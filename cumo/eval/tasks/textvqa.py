@@ -56,7 +56,9 @@ class TextVQA(Task):
             except ValueError as error:
                 raise ValueError(f"{question.source}: {error}") from error
             if not number[key]:
-                raise ValueError(f"{question.source}: expected a question that {_ANNOTATIONS} has once more, got {key}")
+                raise ValueError(
+                    f"{question.source}: expected a question that {_ANNOTATIONS} has once more, got {shown(key)}"
+                )
             number[key] -= 1
             questions.append(replace(question, reference=answers[key]))
         left = +number
