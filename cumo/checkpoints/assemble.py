@@ -139,8 +139,8 @@ def _tokenizer(folder: Path) -> Any:
         return mistral_tokenizer(folder / "tokenizer.model")
     whole = (folder / "tokenizer.json").is_file()
     tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
-    if tokenizer.bos_token is None:
-        raise ValueError(f"{folder}: expected a tokenizer with a BOS token, with which each prompt begins, got none")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{folder}: expected a tokenizer with an EOS token, with which answers end, got none")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if IMAGE_TOKEN not in tokenizer.get_vocab():

@@ -7,6 +7,9 @@ user writes; nothing searches the text for the end of a question.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +20,8 @@ IGNORE_INDEX = -100
 USERS = ("human", "user")
 ASSISTANTS = ("gpt", "assistant")
 _SYSTEM = "{system}"
+_BOS, _EOS = "<s>", "</s>"
+_TOKENS = re.compile(f"{_BOS}|{_EOS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +29,7 @@ class Template:
     """What stands around the turns of a conversation.
 
     The system prompt, if any, replaces `{system}` in `opening`. With `only_images` the words of the user are left out.
+    `<s>` and `</s>` stand for BOS and EOS; see `with_tokens`.
     """
 
     name: str
@@ -38,6 +44,29 @@ class Template:
     """Trained on, as are the answer and `after_answer`."""
     after_answer: str
     only_images: bool = False
+
+    def with_tokens(self, tokenizer: Any) -> Template:
+        """With the BOS and EOS of a tokenizer; a BOS is left out where it has none, as Qwen's.
+
+        Raises:
+            ValueError: it has no EOS, with which every answer ends.
+        """
+        if tokenizer.eos_token is None:
+            raise ValueError("tokenizer: expected one with an EOS token, with which answers end, got none")
+        tokens: dict[str, str] = {_BOS: tokenizer.bos_token or "", _EOS: tokenizer.eos_token}
+
+        def exchanged(text: str) -> str:
+            return _TOKENS.sub(lambda match: tokens[match[0]], text)
+
+        return dataclasses.replace(
+            self,
+            opening=exchanged(self.opening),
+            opening_without_system=exchanged(self.opening_without_system),
+            before_user=exchanged(self.before_user),
+            after_user=exchanged(self.after_user),
+            before_answer=exchanged(self.before_answer),
+            after_answer=exchanged(self.after_answer),
+        )
 
 
 _ASSISTANT = (
@@ -81,9 +110,20 @@ TEMPLATES = {
     )
 }
 
-# The prompt of `mistral_instruct_system` for `apply_chat_template`, which lets no tokenizer add a BOS: both stand here.
+
+def get_template(name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"template: expected one of {list(TEMPLATES)}, got {name!r}")
+    return TEMPLATES[name]
+
+
 # A picture comes before the words of its message, as published; of several, each stands where it was put.
-CHAT_TEMPLATE = (
+_RENDER = (
     "{%- macro render(content) -%}"
     "{%- if content is string -%}{{- content -}}"
     "{%- else -%}"
@@ -94,23 +134,57 @@ CHAT_TEMPLATE = (
     "{%- elif part['type'] == 'image' -%}{%- if images > 1 -%}{{- '<image>\\n' -}}{%- endif -%}"
     "{%- else -%}{{- raise_exception('content: expected parts of type text or image, got ' + part['type']) -}}"
     "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-    "{%- if messages and messages[0]['role'] == 'system' -%}"
-    "{%- set system = render(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}"
-    '{%- set system = "' + TEMPLATES["mistral_instruct_system"].system + '" -%}{%- set turns = messages -%}'
-    "{%- endif -%}"
-    "{{- bos_token + bos_token -}}"
-    "{%- for message in turns -%}"
-    "{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
-    "{{- raise_exception('messages: expected user and assistant in turns, got ' + message['role']"
-    " + ' as message ' + loop.index | string) -}}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{{- '[INST] ' -}}"
-    "{%- if loop.first and system -%}{{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}"
-    "{{- render(message['content']) + ' [/INST]' -}}"
-    "{%- else -%}{{- ' ' + render(message['content']) + ' ' + eos_token -}}"
-    "{%- endif -%}{%- endfor -%}"
 )
+
+
+def _expression(text: str) -> str:
+    """A text as Jinja, in which control tokens are those of the tokenizer."""
+    names = {_BOS: "bos", _EOS: "eos_token", _SYSTEM: "system"}
+    pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    return " + ".join(names.get(piece) or json.dumps(piece) for piece in pieces if piece) or "''"
+
+
+def chat_template(template: Template | str) -> str:
+    """A template as Jinja for `apply_chat_template`, which lets no tokenizer add a BOS: it stands here.
+
+    Args:
+        template: a template or its name.
+
+    Raises:
+        ValueError: there is none of that name, or it leaves out the words of the user.
+    """
+    template = get_template(template) if isinstance(template, str) else template
+    if template.only_images:
+        raise ValueError(f"template: expected one with the words of the user, got {template.name!r}")
+    return (
+        _RENDER + "{%- set bos = bos_token or '' -%}"
+        "{%- if messages and messages[0]['role'] == 'system' -%}"
+        "{%- set system = render(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
+        "{%- else -%}"
+        f"{{%- set system = {json.dumps(template.system)} -%}}{{%- set turns = messages -%}}"
+        "{%- endif -%}"
+        "{{- bos -}}"
+        "{%- for message in turns -%}"
+        "{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
+        "{{- raise_exception('messages: expected user and assistant in turns, got ' + message['role']"
+        " + ' as message ' + loop.index | string) -}}"
+        "{%- elif message['role'] == 'user' -%}"
+        f"{{%- if not loop.first -%}}{{{{- {_expression(template.before_user)} -}}}}"
+        f"{{%- elif system -%}}{{{{- {_expression(template.opening)} -}}}}"
+        f"{{%- else -%}}{{{{- {_expression(template.opening_without_system)} -}}}}{{%- endif -%}}"
+        f"{{{{- render(message['content']) + {_expression(template.after_user)} -}}}}"
+        f"{{%- else -%}}{{{{- {_expression(template.before_answer)} + render(message['content'])"
+        f" + {_expression(template.after_answer)} -}}}}"
+        "{%- endif -%}{%- endfor -%}"
+    )
+
+
+def chat_templates() -> dict[str, str]:
+    """Those of the templates that have one, by name."""
+    return {name: chat_template(template) for name, template in TEMPLATES.items() if not template.only_images}
+
+
+CHAT_TEMPLATE = chat_template("mistral_instruct_system")
 
 
 class Segment(NamedTuple):
@@ -126,17 +200,6 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     labels: list[int]
     """The id where it is trained on, `IGNORE_INDEX` elsewhere."""
-
-
-def get_template(name: str) -> Template:
-    """The template of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in TEMPLATES:
-        raise ValueError(f"template: expected one of {list(TEMPLATES)}, got {name!r}")
-    return TEMPLATES[name]
 
 
 def _image_first(text: str) -> str:
@@ -201,13 +264,14 @@ def encode(tokenizer: Any, segments: Sequence[Segment], image_token_id: int) -> 
     """Ids and labels of segments; each `<image>` becomes one `image_token_id`, which is never trained on.
 
     Args:
-        tokenizer: a fast tokenizer with a BOS token, which comes first whatever the text begins with.
+        tokenizer: a fast tokenizer. Its BOS token, if it has one, comes first whatever the text begins with.
         segments: of `render`.
         image_token_id: any integer.
     """
     text = "".join(segment.text for segment in segments)
     trained = [segment.trained for segment in segments for _ in segment.text]
-    input_ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+    input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    labels = [IGNORE_INDEX] * len(input_ids)
     begin = 0
     for index, chunk in enumerate(text.split(IMAGE_TOKEN)):
         if index:
@@ -225,4 +289,5 @@ def encode(tokenizer: Any, segments: Sequence[Segment], image_token_id: int) -> 
 
 def encode_sample(tokenizer: Any, sample: Mapping[str, Any], template: Template | str, image_token_id: int) -> Encoded:
     """Ids and labels of a sample in LLaVA's format: {"id": ..., "conversations": [...]}; see `render` and `encode`."""
+    template = (get_template(template) if isinstance(template, str) else template).with_tokens(tokenizer)
     return encode(tokenizer, render(template, sample["conversations"], sample=sample.get("id")), image_token_id)

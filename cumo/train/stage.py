@@ -38,6 +38,7 @@ from cumo.data import (
 from cumo.data.yaml_text import parse_yaml, shown
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
+from cumo.models.prompts import chat_templates
 from cumo.train import adapters, checkpoints
 from cumo.train.arguments import processes, training_arguments
 from cumo.train.files import dump
@@ -94,7 +95,7 @@ def run_stage(recipe: Recipe) -> StageResult:
         training_arguments(recipe, 1)  # joins the processes, which are to wait for the first one
     with _first_process_first():
         start = prepare_start(recipe)
-    processor = CuMoProcessor.from_pretrained(start)
+    processor = _processor(recipe, start)
     dataset = load_dataset(recipe, processor)
     steps = recipe.steps or math.ceil(recipe.epochs * steps_per_epoch(len(dataset), recipe.batch.global_batch_size))
     args = training_arguments(recipe, steps)
@@ -168,6 +169,15 @@ def sources_of(recipe: Recipe) -> list[DataSource]:
     if Path(recipe.data.path).suffix in (".yaml", ".yml"):
         raise ValueError("data.image_folder: expected null with a mixture, whose entries have their own, got a folder")
     return [replace(source, image_folder=recipe.data.image_folder) for source in sources]
+
+
+def _processor(recipe: Recipe, start: Path) -> Any:
+    """The model's, with the chat template of what it is trained on in place of another of ours."""
+    processor = CuMoProcessor.from_pretrained(start)
+    ours = chat_templates()
+    if recipe.data.template in ours and processor.chat_template in ours.values():
+        processor.chat_template = ours[recipe.data.template]
+    return processor
 
 
 def load_dataset(recipe: Recipe, processor: Any) -> ConversationDataset | PackedDataset:

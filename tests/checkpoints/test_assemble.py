@@ -124,8 +124,8 @@ def test_what_fits_not(tmp_path, text):
     with pytest.raises(ValueError, match="expected the tensors of its configuration, missing .*layers.3"):
         assemble_checkpoint(tmp_path / "vision", text, target)
     settings = json.loads((text / "tokenizer_config.json").read_text())
-    del settings["bos_token"]
+    del settings["eos_token"]
     (text / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="expected a tokenizer with a BOS token"):
+    with pytest.raises(ValueError, match="expected a tokenizer with an EOS token"):
         assemble_checkpoint(tmp_path / "vision", text, target)
     assert not target.exists()

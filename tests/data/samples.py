@@ -16,19 +16,19 @@ from cumo.data import DataSource
 from cumo.models.processor import CuMoProcessor, clip_image_processor
 from cumo.models.tokenizer import IMAGE_TOKEN
 
-SPECIAL = ["<unk>", "<s>", "</s>"]
 
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Each byte is a token, so that lengths can be counted by hand."""
+def byte_tokenizer(bos: str | None = "<s>", eos: str = "</s>") -> PreTrainedTokenizerFast:
+    """Each byte is a token, so that lengths can be counted by hand; there may be no BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {piece: index for index, piece in enumerate([*SPECIAL, *alphabet])}
+    special = ["<unk>", *filter(None, (bos, eos))]
+    vocabulary = {piece: index for index, piece in enumerate([*special, *alphabet])}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    if bos is not None:
+        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    names = {"bos_token": bos, "eos_token": eos, "unk_token": "<unk>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
 

@@ -19,11 +19,11 @@ from tests.data.samples import Files, byte_tokenizer, llava
 from tests.models.tiny import ENCODER, MIXTRAL, TEXT
 
 
-def write_parts(folder: Path, text_type: str = "llama") -> dict[str, Any]:
-    """A CLIP and a language model as transformers saves them, as `model` of a recipe."""
+def write_parts(folder: Path, text_type: str = "llama", **tokens: Any) -> dict[str, Any]:
+    """A CLIP and a language model as transformers saves them, as `model` of a recipe; `tokens` of `byte_tokenizer`."""
     torch.manual_seed(0)
     fields = {**TEXT, **(MIXTRAL if text_type == "mixtral" else {})}
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(**tokens)
     text = AutoConfig.for_model(text_type, **{**fields, "vocab_size": len(tokenizer)})
     AutoModelForCausalLM.from_config(text).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
