@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 MIB = 1 << 20
@@ -50,7 +51,7 @@ class Limits:
         """Validate."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < (0 if field.name == "max_queue" else 1e-9):
+            if not (0 if field.name == "max_queue" else 1e-9) <= value < math.inf:
                 raise ValueError(f"{field.name}: expected a positive number, got {value}")
 
     @property

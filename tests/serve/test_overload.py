@@ -269,3 +269,5 @@ def test_a_closed_scheduler_takes_nothing(pipeline):
 def test_limits_are_positive():
     with pytest.raises(ValueError, match="max_images: expected a positive number, got 0"):
         Limits(max_images=0)
+    with pytest.raises(ValueError, match="upload_seconds: expected a positive number, got nan"):
+        Limits(upload_seconds=float("nan"))
