@@ -104,7 +104,7 @@ def reading(name: object, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # there is no end to what a field of a wrong type leads to
         told = " ".join(str(error)[:2000].split())
