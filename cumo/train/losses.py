@@ -12,6 +12,9 @@ positions. Each pass contributes its own means times its share of the trained to
 the contributions add up to this loss, and a step comes out the same however it is divided. Two things cannot be
 divided so, as they are products of means: the balance loss of an MoE language model, and every balance loss of mode
 "switch". For these the step has the average of those of its passes, as in the published training.
+
+What a step of text alone does not use has a gradient of zero rather than none: an optimizer would leave it out, where
+moments and weight decay go on if several processes reduce their gradients, or black pictures stand in as published.
 """
 
 from __future__ import annotations

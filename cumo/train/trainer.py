@@ -124,6 +124,9 @@ class CuMoTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer calls it right before the optimizer's step."""
         norm = super()._get_grad_norm(model, grad_norm)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:  # a step of text alone; see `cumo.train.losses`
+                parameter.grad = torch.zeros_like(parameter)
         self.meter.add_step(self._step_counts)
         self._last_rates = {group["name"]: float(group["lr"]) for group in self.optimizer.param_groups}  # type: ignore[union-attr]
         self.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

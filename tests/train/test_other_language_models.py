@@ -5,11 +5,15 @@ import pytest
 
 pytest.importorskip("accelerate", reason="training needs the extra train")
 
+from safetensors.torch import load_file
+
+from cumo import CuMoForConditionalGeneration
 from cumo.inference import CuMoPipeline, GenerationOptions
 from cumo.models.prompts import chat_template
 from cumo.train import Recipe, run_stage
 from tests.data.samples import Files, llava
-from tests.train.tiny import recipe_of, write_parts
+from tests.numerics import relative_error
+from tests.train.tiny import read_log, recipe_of, train_in_processes, write_data, write_parts, write_recipe
 
 
 @pytest.mark.slow
@@ -29,3 +33,27 @@ def test_it_learns_to_answer(tmp_path, kind, template):
         [[{"role": "user", "content": question}]], GenerationOptions(max_new_tokens=20, temperature=0.0)
     )
     assert (completion.text.strip(), completion.finish_reason) == ("yes", "stop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_embeddings_that_are_tied_in_two_processes(tmp_path, kind):
+    parts = write_parts(tmp_path / "parts", "qwen2", bos=None, eos="<|im_end|>", text={"tie_word_embeddings": True})
+    data = write_data(tmp_path / "data")
+    logs, weights = [], []
+    for name, options in (("alone", {}), ("divided", {"distributed": kind, "batch": {"per_device_batch_size": 2}})):
+        recipe = recipe_of(tmp_path / name, parts, data, **options)
+        if options:
+            train_in_processes(write_recipe(tmp_path / "recipe.yaml", recipe))
+        else:
+            run_stage(Recipe.from_dict(recipe))
+        logs.append([(line["loss"], line["grad_norm"]) for line in read_log(tmp_path / name)])
+        weights.append(load_file(tmp_path / name / "final" / "model.safetensors"))
+    assert logs[0] == [pytest.approx(pair, rel=1e-5) for pair in logs[1]]
+    assert weights[0].keys() == weights[1].keys()
+    assert "language_model.lm_head.weight" not in weights[0]
+    for name, tensor in weights[0].items():  # steps of text alone among them
+        if not name.endswith("k_proj.bias"):  # whose gradient is zero but for rounding
+            assert relative_error(weights[1][name], tensor) <= 1e-4, name
+    model = CuMoForConditionalGeneration.from_pretrained(tmp_path / "divided" / "final")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

@@ -19,13 +19,18 @@ from tests.data.samples import Files, byte_tokenizer, llava
 from tests.models.tiny import ENCODER, MIXTRAL, TEXT
 
 
-def write_parts(folder: Path, text_type: str = "llama", **tokens: Any) -> dict[str, Any]:
-    """A CLIP and a language model as transformers saves them, as `model` of a recipe; `tokens` of `byte_tokenizer`."""
+def write_parts(
+    folder: Path, text_type: str = "llama", text: dict[str, Any] | None = None, **tokens: Any
+) -> dict[str, Any]:
+    """A CLIP and a language model as transformers saves them, as `model` of a recipe.
+
+    `text` changes the configuration of the language model, `tokens` are those of `byte_tokenizer`.
+    """
     torch.manual_seed(0)
-    fields = {**TEXT, **(MIXTRAL if text_type == "mixtral" else {})}
+    fields = {**TEXT, **(MIXTRAL if text_type == "mixtral" else {}), **(text or {})}
     tokenizer = byte_tokenizer(**tokens)
-    text = AutoConfig.for_model(text_type, **{**fields, "vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(text).save_pretrained(folder / "text")
+    config = AutoConfig.for_model(text_type, **{**fields, "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
     vision = {key: value for key, value in ENCODER.items() if key != "model_type"}
     AutoModel.from_config(AutoConfig.for_model("clip_vision_model", **vision)).save_pretrained(folder / "clip")
