@@ -131,10 +131,12 @@ def test_answers_cannot_steer_the_terminal():
     assert printable("a\x1b[2J\x07b\n\tc\u202e") == "a[2Jb\n\tc"
 
 
-# Makes its standard input the terminal that it obeys, so that Ctrl-C reaches it.
+# Makes its standard input the terminal that it obeys, so that Ctrl-C reaches it, as a shell does that one types into;
+# tests that run in the background have been told to ignore Ctrl-C.
 IN_A_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cumo.cli import main
 sys.exit(main())
 """
