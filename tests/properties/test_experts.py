@@ -59,7 +59,7 @@ def test_grouped_gemm(data, machine, tiles, device):
 @given(data=st.data(), machine=some.machines(), tiles=some.tilings())
 def test_moe_mlp(data, machine, tiles, device):
     T, K, E = data.draw(some.TOKENS, "T"), data.draw(st.integers(1, 4), "K"), data.draw(EXPERTS, "E")
-    D, F, O = data.draw(some.WIDTHS, "D"), data.draw(some.HIDDEN_WIDTHS, "F"), data.draw(some.WIDTHS, "O")
+    D, F, O = data.draw(some.WIDTHS, "D"), data.draw(some.WIDTHS, "F"), data.draw(some.WIDTHS, "O")
     dtype, weight_dtype = data.draw(some.DTYPES, "dtype"), data.draw(some.DTYPES, "dtype of weights")
     autocast, gated = data.draw(some.AUTOCAST, "autocast"), data.draw(st.booleans(), "gated")
     F1 = 2 * F if gated else F

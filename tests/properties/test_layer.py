@@ -60,7 +60,7 @@ def layers(draw, dtype):
     E = draw(st.integers(1, 6))
     return MoEMLP(
         draw(some.WIDTHS),
-        draw(some.HIDDEN_WIDTHS),
+        draw(some.WIDTHS),
         draw(st.none() | some.WIDTHS),
         num_experts=E,
         top_k=draw(st.integers(1, E)),
@@ -126,6 +126,7 @@ def test_moe_mlp_module(data, machine, tiles, device):
             rounded_to=max(compute_dtype, moe.probs_dtype, key=lambda d: torch.finfo(d).eps),
             autocast=autocast,
             never_cast=tensors,
+            decide=["x", "gate.weight"],
             public=public,
             loop=loop,
         )
