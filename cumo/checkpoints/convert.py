@@ -29,6 +29,7 @@ NATIVE, PUBLISHED = "native", "published"
 TOWER_FOLDER = "vision_tower"
 # What lies beside the weights and is the same in both layouts
 COMPANIONS = ("generation_config.json", "tokenizer.model")
+PROCESSOR = "processor_config.json"
 
 
 def open_checkpoint(
@@ -100,10 +101,8 @@ def write_native(target: Path, config: CuMoConfig, tensors: Iterable[tuple[str, 
 
 def copy_companions(source: Path, target: Path) -> None:
     """The files beside the weights, and a processor, made from `tokenizer.model` if the source has none."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if any((source / name).is_file() for name in ("processor_config.json", "tokenizer.model")):
+    _copy_files(source, target)
+    if any((source / name).is_file() for name in (PROCESSOR, "tokenizer.model")):
         CuMoProcessor.from_pretrained(source).save_pretrained(target)
 
 
@@ -139,7 +138,8 @@ def convert_to_native(
 def convert_to_published(source: Path, target: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The inverse of `convert_to_native`, bit for bit.
 
-    An encoder other than CLIP ViT-L/14-336 is described in `target/vision_tower`.
+    An encoder other than CLIP ViT-L/14-336 is described in `target/vision_tower`. A processor is written where the
+    published layout, which has none but its `tokenizer.model`, would lose something of it.
 
     Raises:
         ValueError: see there; or the published layout cannot hold the model.
@@ -157,9 +157,25 @@ def convert_to_published(source: Path, target: Path, max_shard_bytes: int = MAX_
         if not built_in:
             (folder / TOWER_FOLDER).mkdir()
             encoder.save_pretrained(folder / TOWER_FOLDER)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        _copy_files(source, folder)
+        if (source / PROCESSOR).is_file():
+            processor = CuMoProcessor.from_pretrained(source)
+            if not _is_implied(processor, folder):
+                processor.save_pretrained(folder)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _is_implied(processor: Any, folder: Path) -> bool:
+    """Whether it is what is made of a published folder."""
+    if not (folder / "tokenizer.model").is_file():
+        return False
+    made = CuMoProcessor.from_pretrained(folder)
+    return bool(made.to_dict() == processor.to_dict() and made.chat_template == processor.chat_template)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

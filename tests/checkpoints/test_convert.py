@@ -18,6 +18,10 @@ from cumo.checkpoints.convert import convert_to_native, convert_to_published
 from cumo.checkpoints.files import open_folder
 from cumo.cli import main
 from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.processor import CuMoProcessor
+from cumo.models.prompts import chat_template
+from tests.data.samples import byte_processor
+from tests.inference.tiny import tokenizer_model
 from tests.numerics import assert_bitwise_equal, relative_error
 
 WEIGHTS = "model.safetensors"
@@ -45,6 +49,28 @@ def test_the_command_goes_both_ways(native, tmp_path, capsys):
     assert f"{back}: written in the native layout" in capsys.readouterr().out
     assert_bitwise_equal(dict(open_folder(back)), dict(open_folder(native)))
     assert json.loads((back / "config.json").read_text())["model_type"] == "cumo"
+
+
+@pytest.mark.parametrize("kind", ["a tokenizer.json alone", "another chat template", "as published"])
+def test_the_processor_goes_both_ways(kind, native, tmp_path):
+    source = copied(native, tmp_path / "source")
+    if kind == "a tokenizer.json alone":
+        processor = byte_processor(image_seq_length=9)
+    else:
+        shutil.copyfile(tokenizer_model(), source / "tokenizer.model")
+        convert_to_published(source, tmp_path / "without")
+        processor = CuMoProcessor.from_pretrained(tmp_path / "without")
+    if kind == "another chat template":
+        processor.chat_template = chat_template("llava_v1")
+    processor.save_pretrained(source)
+    convert_to_published(source, tmp_path / "published")
+    assert (tmp_path / "published" / "processor_config.json").is_file() == (kind != "as published")
+    convert_to_native(tmp_path / "published", tmp_path / "back")
+    for folder in ("published", "back"):
+        loaded = CuMoProcessor.from_pretrained(tmp_path / folder)
+        assert loaded.to_dict() == processor.to_dict()
+        assert loaded.chat_template == processor.chat_template
+        assert loaded.tokenizer("Why? <image>")["input_ids"] == processor.tokenizer("Why? <image>")["input_ids"]
 
 
 def test_saved_loaded_and_saved_again_the_files_are_the_same(native, tmp_path):
