@@ -307,6 +307,7 @@ def test_json_that_is_none(checkpoints, tmp_path, file, content):
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x0a\x02\x08\x01"])
 def test_a_tokenizer_that_is_none(checkpoints, tmp_path, content):
     folder = shutil.copytree(checkpoints / "published", tmp_path / "model")
+    (folder / "processor_config.json").unlink()  # without which a processor is made of the tokenizer.model
     (folder / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match="tokenizer.model: expected a SentencePiece tokenizer.model"):
         CuMoProcessor.from_pretrained(folder)
