@@ -44,13 +44,16 @@ def cast(tensors: Tensors, dtype: torch.dtype | None, leave: Iterable[str] = ())
     }
 
 
-def clumsy(tensors: Tensors, unit: float, leave: Iterable[str] = ()) -> dict[str, Tensor | None]:
-    """The same values in float64, each off by up to half a unit."""
-    left, generator = set(leave), torch.Generator().manual_seed(0)
+def clumsy(tensors: Tensors, unit: float, decide: Iterable[str] = ()) -> dict[str, Tensor | None]:
+    """The same values in float64, each off by up to half a unit. Those of the tensors that `decide` are all off alike,
+    by a unit of float32, in which routers compute: that leaves their order as it is."""
+    alike, generator = set(decide), torch.Generator().manual_seed(0)
 
     def off(name: str, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or name in left or not tensor.is_floating_point():
+        if tensor is None or not tensor.is_floating_point():
             return tensor
+        if name in alike:
+            return tensor * (1 + torch.finfo(torch.float32).eps)
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
         return tensor * (1 + unit * noise.to(tensor))
 
@@ -85,7 +88,7 @@ def assert_correct(
 
     Of a result of few numbers eager mode may be exact by luck, where terms cancel for one. Where it is closer than the
     exact result of arguments that are half a unit off, which no computation can be blamed for, that is the measure.
-    Those that `decide` which experts are chosen are left as they are.
+    Those that `decide` which experts are chosen are off in a way that changes no choice.
     """
     wrt = list(wrt)
     narrow = cast(tensors, autocast, never_cast)
