@@ -28,8 +28,7 @@ class SampleEncoder:
 
     def __init__(self, processor: Any, template: Template | str) -> None:
         self.tokenizer = processor.tokenizer
-        template = get_template(template) if isinstance(template, str) else template
-        self.template = template.with_tokens(self.tokenizer)
+        self.template = get_template(template).with_tokens(self.tokenizer)
         self.image_token_id = processor.image_token_id
         self.image_seq_length = processor.image_seq_length
         added = self.tokenizer.added_tokens_decoder.values()

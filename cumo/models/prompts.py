@@ -111,15 +111,17 @@ TEMPLATES = {
 }
 
 
-def get_template(name: str) -> Template:
-    """The template of that name.
+def get_template(template: Template | str) -> Template:
+    """The template of that name; a template itself is passed through.
 
     Raises:
         ValueError: there is none.
     """
-    if name not in TEMPLATES:
-        raise ValueError(f"template: expected one of {list(TEMPLATES)}, got {name!r}")
-    return TEMPLATES[name]
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise ValueError(f"template: expected one of {list(TEMPLATES)}, got {template!r}")
+    return TEMPLATES[template]
 
 
 # A picture comes before the words of its message, as published; of several, each stands where it was put.
@@ -153,7 +155,7 @@ def chat_template(template: Template | str) -> str:
     Raises:
         ValueError: there is none of that name, or it leaves out the words of the user.
     """
-    template = get_template(template) if isinstance(template, str) else template
+    template = get_template(template)
     if template.only_images:
         raise ValueError(f"template: expected one with the words of the user, got {template.name!r}")
     return (
@@ -231,7 +233,7 @@ def render(
         Segment(text='USER: <image>\\nWhat is it? ASSISTANT:', trained=False)
         Segment(text=' A cat.</s>', trained=True)
     """
-    template = get_template(template) if isinstance(template, str) else template
+    template = get_template(template)
     turns = list(turns)
     for index, turn in enumerate(turns):
         if turn.get("from") not in USERS + ASSISTANTS or not isinstance(turn.get("value"), str):
@@ -289,5 +291,5 @@ def encode(tokenizer: Any, segments: Sequence[Segment], image_token_id: int) -> 
 
 def encode_sample(tokenizer: Any, sample: Mapping[str, Any], template: Template | str, image_token_id: int) -> Encoded:
     """Ids and labels of a sample in LLaVA's format: {"id": ..., "conversations": [...]}; see `render` and `encode`."""
-    template = (get_template(template) if isinstance(template, str) else template).with_tokens(tokenizer)
+    template = get_template(template).with_tokens(tokenizer)
     return encode(tokenizer, render(template, sample["conversations"], sample=sample.get("id")), image_token_id)

@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cumo_kernels.types import DispatchPlan, Routing
+from tests.nn import oracle
 
-ACTIVATIONS = {
-    None: lambda z: z,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
-    "silu": F.silu,
-    "relu": F.relu,
-    "relu2": lambda z: F.relu(z) ** 2,
-}
+ACTIVATIONS = {None: lambda z: z, **oracle.ACTIVATIONS}
 
 
 def wide(tensor: Tensor) -> Tensor:
