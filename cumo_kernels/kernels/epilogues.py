@@ -12,8 +12,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))  # log2(e)
+def _sigmoid_and_derivative(x):
+    """(s, s (1 - s)), each to a few units of itself: 1 - s of a rounded s would be off by a unit of 1, which the
+    derivatives below multiply by up to the cube of x."""
+    e = tl.exp2(-1.4426950408889634 * tl.abs(x))  # log2(e): exp(-|x|)
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * r, r), e * r * r
 
 
 @triton.jit
@@ -25,14 +29,14 @@ def activation_and_derivative(x, NAME: tl.constexpr):
         return x * cdf, cdf + x * density
     elif NAME == "gelu_tanh":
         u = 1.5957691216057308 * (x + 0.044715 * x * x * x)  # 2 sqrt(2 / pi): (1 + tanh(u / 2)) / 2 = sigmoid(u)
-        s = _sigmoid(u)
-        return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        s, ds = _sigmoid_and_derivative(u)
+        return x * s, s + x * ds * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif NAME == "quick_gelu":
-        s = _sigmoid(1.702 * x)
-        return x * s, s + 1.702 * x * s * (1.0 - s)
+        s, ds = _sigmoid_and_derivative(1.702 * x)
+        return x * s, s + 1.702 * x * ds
     elif NAME == "silu":
-        s = _sigmoid(x)
-        return x * s, s + x * s * (1.0 - s)
+        s, ds = _sigmoid_and_derivative(x)
+        return x * s, s + x * ds
     elif NAME == "relu":
         # x != x: NaN stays NaN
         return tl.where((x > 0) | (x != x), x, 0.0), tl.where(x > 0, 1.0, 0.0)

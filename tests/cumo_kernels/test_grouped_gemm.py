@@ -49,6 +49,20 @@ def test_every_activation(activation, device):
     assert_agrees("grouped_gemm", make_tensors(device), plan=random_plan(13, 1, 4, device), activation=activation)
 
 
+@pytest.mark.parametrize(("least", "most"), [(-8.0, -4.0), (-1.0, 1.0), (2.0, 6.0), (8.0, 16.0)])
+@pytest.mark.parametrize("activation", ck.ACTIVATIONS)
+def test_activations_and_their_derivatives_on_a_range(activation, least, most, device):
+    """A weight of one and a width of one: the output is f(x), its gradient f'(x)."""
+    tensors = {
+        "x_ND": torch.linspace(least, most, 101, device=device).unsqueeze(1),
+        "w_EFD": torch.ones(1, 1, 1, device=device),
+        "bias_EF": None,
+    }
+    cotangents = {"out": torch.ones_like(tensors["x_ND"])}
+    plan = random_plan(101, 1, 1, device)
+    assert_agrees("grouped_gemm", tensors, wrt=["x_ND"], cotangents=cotangents, plan=plan, activation=activation)
+
+
 @pytest.mark.parametrize("activation", [None, "gelu"], ids=["linear", "gelu"])
 def test_float16(activation, device):
     tensors = make_tensors(device, dtype=torch.float16)
