@@ -221,16 +221,24 @@ def _grouped_gemm_kernel(
             tl.store(out_ptr + rows[:, None] * N + columns[None, :], zero, mask=mask)
 
 
-class Weights:
-    """A stacked weight [E, N, K] as the kernels want it: a pointer or TMA descriptor, strides, and which is unit."""
+def is_transposed(w_ENK: Tensor) -> bool:
+    """Whether a weight [E, N, K] is read along N, not along K."""
+    return w_ENK.stride(2) != 1 and w_ENK.stride(1) == 1
 
-    def __init__(self, w_ENK: Tensor, tile: tiling.GemmTile, use_tma: bool) -> None:
-        if w_ENK.stride(2) != 1 and w_ENK.stride(1) != 1:
-            w_ENK = w_ENK.contiguous()
-        self.tensor = w_ENK
-        self.is_nk = w_ENK.stride(2) == 1
+
+class Weights:
+    """A stacked weight [E, N, K] as the kernels want it: a pointer or TMA descriptor, strides, and which is unit.
+
+    With `gated` its upper half is read from row N / 2.
+    """
+
+    def __init__(self, w_ENK: Tensor, tile: tiling.GemmTile, use_tma: bool, gated: bool = False) -> None:
+        self.is_nk = not is_transposed(w_ENK)
+        self.tensor = w_ENK = w_ENK.contiguous() if self.is_nk and w_ENK.stride(2) != 1 else w_ENK
         memory_order = w_ENK if self.is_nk else w_ENK.transpose(1, 2)
-        self.tma = use_tma and can_use_tma(memory_order)
+        # along the unit stride a descriptor reads from multiples of 16 bytes only
+        half_is_aligned = self.is_nk or w_ENK.shape[1] // 2 * w_ENK.element_size() % 16 == 0
+        self.tma = use_tma and can_use_tma(memory_order) and (half_is_aligned or not gated)
         block = [1, tile.BLOCK_N, tile.BLOCK_K] if self.is_nk else [1, tile.BLOCK_K, tile.BLOCK_N]
         self.argument = descriptor(memory_order, block) if self.tma else w_ENK
 
@@ -240,15 +248,17 @@ class Weights:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as PyTorch's own matmul is told to. Narrower types are exact anyway."""
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    """How fp32 operands are multiplied: as PyTorch's own matmul is told to, by either of its interfaces. Products of
+    narrower types are exact anyway."""
+    # torch.get_float32_matmul_precision raises once the newer interface has been used
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
 
 
 def num_programs(target: tiling.Target, tile: tiling.GemmTile, rows: int, num_experts: int, columns: int) -> int:
     """Programs of a persistent launch: as many as fit on the device, at most one per tile of the worst routing."""
-    row_tiles = min(triton.cdiv(rows, tile.BLOCK_M) + num_experts, rows)
-    return min(target.num_sms * tile.programs_per_sm, row_tiles * triton.cdiv(columns, tile.BLOCK_N))
+    row_tiles = min(tiling.cdiv(rows, tile.BLOCK_M) + num_experts, rows)
+    return min(target.num_sms * tile.programs_per_sm, row_tiles * max(1, tiling.cdiv(columns, tile.BLOCK_N)))
 
 
 def grouped_gemm_forward(
@@ -276,15 +286,16 @@ def grouped_gemm_forward(
     out = None if only_z else x.new_empty(num_rows, out_columns)
     z = x.new_empty(num_rows, N) if save_z or only_z else None
     target = target_of(x)
-    tile = tiling.gemm_tile(target, x.dtype, num_rows, E, out_columns, "gated" if gated else "forward")
-    w = Weights(w_ENK, tile, target.has_tma)
+    kind = "gated" if gated else "forward"
+    tile = tiling.gemm_tile(target, x.dtype, num_rows, E, out_columns, kind, K, is_transposed(w_ENK))
+    w = Weights(w_ENK, tile, target.has_tma, gated)
     x_tma = target.has_tma and token_N is None and can_use_tma(x)
     launch(
         _grouped_gemm_kernel, (num_programs(target, tile, num_rows, E, out_columns),),
         descriptor(x, [tile.BLOCK_M, tile.BLOCK_K]) if x_tma else x, w.argument,
         bias_EN if bias_EN is None else bias_EN.contiguous(), token_N, offset_E1, z, out,
         num_rows, out_columns, K, x.stride(0), *w.tensor.stride(),
-        E=E, E_PAD=triton.next_power_of_2(E), ACTIVATION=activation, GATED=gated, X_TMA=x_tma, **w.flags(),
+        E=E, E_PAD=tiling.next_power_of_2(E), ACTIVATION=activation, GATED=gated, X_TMA=x_tma, **w.flags(),
         GATHER=token_N is not None, ZERO_TAIL=zero_tail, SWAP=tile.SWAP, PRECISION=dot_precision(x.dtype),
         SLICES=tile.SLICES, **tile.meta(),
     )  # fmt: skip

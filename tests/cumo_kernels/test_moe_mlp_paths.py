@@ -60,6 +60,17 @@ def test_descriptor_of_weights_stored_transposed(name, device):
 
 
 @pytest.mark.usefixtures("tma")
+@pytest.mark.parametrize(("F", "by_tma"), [(24, True), (20, False)], ids=["up-half-aligned", "up-half-unaligned"])
+def test_descriptor_of_gated_weights_stored_transposed(F, by_tma, device):
+    """The up projection begins at column F of a row of 2 F, which need not be a multiple of 16 bytes."""
+    layer = make_layer(device, 9, 2, 3, 24, F, 56, gated=True, dtype=torch.bfloat16)
+    layer["w1_EFD"] = layer["w1_EFD"].transpose(1, 2).contiguous().transpose(1, 2)
+    with record_launches() as launches:
+        assert_agrees("moe_mlp", layer, gated=True)
+    assert [launched.meta["W_TMA"] for launched in launches if launched.meta.get("GATED")][0] == by_tma
+
+
+@pytest.mark.usefixtures("tma")
 def test_descriptor_past_the_end_of_an_expert_reads_zeros_not_the_next_expert(device):
     layer = make_layer(device, 9, 2, 4, 24, 40, 56)
     for name in ("w1_EFD", "w2_EOF"):  # tiles of the experts before the last end in it: NaN would spread from there
