@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cumo_kernels.checks import check_one_of
-from cumo_kernels.tuned import Key, read_tables, step_of
+from cumo_kernels.tuned import Key, make_key, read_tables
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,14 @@ class GemmTile:
 
     def meta(self) -> dict[str, int]:
         """The arguments that all GEMM kernels take."""
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "BLOCK_M": self.BLOCK_M,
+            "BLOCK_N": self.BLOCK_N,
+            "BLOCK_K": self.BLOCK_K,
+            "GROUP_M": self.GROUP_M,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
 
 class _LaunchTile:
@@ -66,7 +72,7 @@ class _LaunchTile:
 
     def meta(self) -> dict[str, int]:
         """The launch arguments."""
-        return asdict(self)  # type: ignore[call-overload]
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,8 @@ _asked_for: dict[Key, GemmTile] | None = None
 
 @contextmanager
 def use_tiles(tiles: dict[Key, GemmTile]) -> Iterator[dict[Key, GemmTile]]:
-    """Take these tiles first within the block; yields what is chosen in it, by key. For the tuner; of the whole
-    process."""
+    """Within the block these tiles come before all others, in the whole process; yields a dict that collects every
+    tile chosen in the block. For the tuner."""
     global _tuned, _asked_for
     previous = _tuned, _asked_for
     _tuned, _asked_for = {**_tuned, **tiles}, {}
@@ -137,18 +143,36 @@ GEMM_KINDS = ("forward", "gated", "dact", "dact_gated", "wgrad")
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()
+    """The least power of two that is not below n; 1 if n is less than that."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
-def gemm_tile(target: Target, dtype: torch.dtype, rows: int, num_experts: int, n: int, kind: str) -> GemmTile:
+def cdiv(n: int, d: int) -> int:
+    """n / d, rounded up."""
+    return -(-n // d)
+
+
+def gemm_tile(
+    target: Target,
+    dtype: torch.dtype,
+    rows: int,
+    num_experts: int,
+    n: int,
+    kind: str,
+    k: int,
+    transposed: bool = False,
+) -> GemmTile:
     """Tile of a grouped GEMM of `rows` rows over `num_experts` experts, output width n.
 
     `kind` says what the epilogue holds beside the accumulator: "forward" (nothing), "gated" (a second
-    accumulator), "dact" and "dact_gated" (the backward through the activation); "wgrad" reduces over rows.
+    accumulator), "dact" and "dact_gated" (the backward through the activation); "wgrad" reduces over rows. `k`, the
+    width that is summed over (of a "wgrad", the other width), and `transposed`, whether the weight is contiguous along
+    n, matter to tuned tables only.
     """
     check_one_of("kind", kind, GEMM_KINDS)
-    key = Key(target.arch, str(dtype).removeprefix("torch."), kind, n, step_of(rows / num_experts))
+    if not _tuned and _asked_for is None:
+        return _chosen_tile(target, dtype, rows, num_experts, n, kind)
+    key = make_key(target.arch, dtype, kind, rows, num_experts, n, k, transposed)
     tile = _tuned.get(key) or _chosen_tile(target, dtype, rows, num_experts, n, kind)
     if _asked_for is not None:
         _asked_for[key] = tile

@@ -109,8 +109,8 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, 
         return token_N, route_N, slot_TK, offset_E1
     expert_TK = expert_TK.contiguous()
     tile = tiling.dispatch_tile(N, E)
-    chunks = triton.cdiv(N, tile.CHUNK)
-    E_PAD = triton.next_power_of_2(E)
+    chunks = tiling.cdiv(N, tile.CHUNK)
+    E_PAD = tiling.next_power_of_2(E)
     counts = new((chunks if tile.COUNTED else 0, E))
     if tile.COUNTED:
         launch(

@@ -74,7 +74,7 @@ def moe_mlp_backward(
     rows = grad_rows(
         dy_TO, x_TD, token_N, route_N, offset_E1, weight_TK,
         b2_EO if need_b2 or need_weight else None,
-        copy_dout=sorted_copy, copy_x=sorted_copy and (need_w1 or need_b1 or z_NF is None),
+        copy_dout=sorted_copy, copy_x=sorted_copy and (need_w1 or z_NF is None),
     )  # fmt: skip
     dout, x = rows.dout_NO if sorted_copy else dy_TO, rows.x_ND if sorted_copy else x_TD
     token = None if sorted_copy else token_N
@@ -86,10 +86,10 @@ def moe_mlp_backward(
     dz_NF, a_NF, score, partial, partial_rows = grouped_dact(
         dout, w2_EOF.transpose(1, 2), offset_E1, weight_TK, route_N, z_NF,
         token_N=token, bias_score_N=rows.score_N, activation=activation, gated=gated,
-        want_a=need_w2 or need_b2, want_score=need_weight, want_bias=need_b1,
+        want_a=need_w2, want_score=need_weight, want_bias=need_b1,
     )  # fmt: skip
     dw1 = dw2 = db1 = db2 = dx_ND = None
-    if a_NF is not None:
+    if need_w2 or need_b2:
         dw2, db2 = grouped_wgrad(
             dout, a_NF, offset_E1, token_N=token, gather_g=not sorted_copy,
             partial=rows.partial if need_b2 else None, partial_rows=rows.partial_rows,
@@ -97,12 +97,12 @@ def moe_mlp_backward(
     if need_x:
         dx_ND, _ = grouped_gemm_forward(dz_NF, w1_EFD.transpose(1, 2), offset_E1, N)
     if need_w1 or need_b1:
-        assert x is not None
         dw1, db1 = grouped_wgrad(
-            dz_NF, x, offset_E1, token_N=token, gather_x=not sorted_copy, partial=partial, partial_rows=partial_rows
-        )
+            dz_NF, x if need_w1 else None, offset_E1, token_N=token, gather_x=not sorted_copy,
+            partial=partial, partial_rows=partial_rows,
+        )  # fmt: skip
     dx_TD, dweight_TK = _sum_into_tokens(dx_ND, score, slot_TK, weight_TK)
-    return dx_TD, dweight_TK, dw1 if need_w1 else None, dw2 if need_w2 else None, db1, db2
+    return dx_TD, dweight_TK, dw1, dw2, db1, db2
 
 
 def _sum_into_tokens(
@@ -112,8 +112,8 @@ def _sum_into_tokens(
     if dx_ND is None and score is None:
         return None, None
     dweight_TK = None if score is None else weight_TK.new_empty(weight_TK.shape)
-    # without dx, one column of nothing carries the programs that collect the scores
-    rows = score.new_empty((score.shape[1], 1)) if dx_ND is None and score is not None else dx_ND
-    assert rows is not None
-    dx_TD = combine_forward(rows, slot_TK, score_PN=score, dweight_TK=dweight_TK)
+    # without dx, rows of no columns: only the scores are summed
+    rows_ND = score.new_empty(score.shape[1], 0) if dx_ND is None and score is not None else dx_ND
+    assert rows_ND is not None
+    dx_TD = combine_forward(rows_ND, slot_TK, score_PN=score, dweight_TK=dweight_TK)
     return (None if dx_ND is None else dx_TD), dweight_TK

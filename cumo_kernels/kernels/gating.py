@@ -230,12 +230,12 @@ def topk_gating_forward(
         return outputs
     S = T // segment
     tile = tiling.gating_tile(segment, E)
-    blocks = triton.cdiv(segment, tile.BLOCK_T)
+    blocks = tiling.cdiv(segment, tile.BLOCK_T)
     sums = logits_TE.new_empty((0 if tile.ONE_PROGRAM else S * blocks, 2 * E + 1), dtype=torch.float32)
     launch(
         _topk_gating_kernel, (S if tile.ONE_PROGRAM else S * blocks,),
         logits_TE.contiguous(), weight_TK, expert_TK, *losses, sums, segment, blocks,
-        E=E, K=top_k, E_PAD=triton.next_power_of_2(E), K_PAD=triton.next_power_of_2(top_k), BLOCK_T=tile.BLOCK_T,
+        E=E, K=top_k, E_PAD=tiling.next_power_of_2(E), K_PAD=tiling.next_power_of_2(top_k), BLOCK_T=tile.BLOCK_T,
         NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], ONE_PROGRAM=tile.ONE_PROGRAM,
         num_warps=tile.num_warps,
     )  # fmt: skip
@@ -264,7 +264,7 @@ def new_routing(
 def finish_losses(sums: Tensor, losses: list[Tensor], segment: int, blocks: int) -> None:
     """Launch `_gating_losses_kernel`, which fills `losses`: balance_S, z_S, mean_probs_SE and share_SE."""
     S, E = losses[-1].shape
-    E_PAD = triton.next_power_of_2(E)
+    E_PAD = tiling.next_power_of_2(E)
     launch(
         _gating_losses_kernel, (S,), sums, *losses, segment, blocks,
         E=E, E_PAD=E_PAD, BLOCK_B=max(1, 4096 // E_PAD), num_warps=4,
@@ -287,11 +287,11 @@ def topk_gating_backward(
     dlogits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     tile = tiling.gating_tile(T, E)
     launch(
-        _topk_gating_backward_kernel, (triton.cdiv(T, tile.BLOCK_T),),
+        _topk_gating_backward_kernel, (tiling.cdiv(T, tile.BLOCK_T),),
         logits_TE.contiguous(), expert_TK, share_SE,
         *(grad if grad is None else grad.contiguous() for grad in (dweight_TK, dbalance_S, dz_S, dprobs_SE)),
         dlogits_TE, T, segment,
-        E=E, K=expert_TK.shape[1], E_PAD=triton.next_power_of_2(E), BLOCK_T=tile.BLOCK_T, NORMALIZE=normalize,
+        E=E, K=expert_TK.shape[1], E_PAD=tiling.next_power_of_2(E), BLOCK_T=tile.BLOCK_T, NORMALIZE=normalize,
         num_warps=tile.num_warps,
     )  # fmt: skip
     return dlogits_TE

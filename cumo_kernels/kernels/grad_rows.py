@@ -104,7 +104,7 @@ def grad_rows(
     N, O, D = token_N.shape[0], dout_TO.shape[1], x_TD.shape[1]
     E = offset_E1.shape[0] - 1
     tile = tiling.grad_row_tile(N)
-    row_tiles = triton.cdiv(N, tile.BLOCK_N) + E
+    row_tiles = tiling.cdiv(N, tile.BLOCK_N) + E
     rows = GradRows(
         dout_TO.new_empty(N, O) if copy_dout else None,
         x_TD.new_empty(N, D) if copy_x else None,
@@ -119,7 +119,7 @@ def grad_rows(
             bias_EO if bias_EO is None else bias_EO.contiguous(),
             rows.dout_NO, rows.x_ND, rows.score_N, rows.partial,
             O, D, dout_TO.stride(0), x_TD.stride(0),
-            E=E, E_PAD=triton.next_power_of_2(E), **tile.meta(),
+            E=E, E_PAD=tiling.next_power_of_2(E), **tile.meta(),
         )  # fmt: skip
     return rows
 
@@ -159,13 +159,13 @@ def activation_grad(
     N, F = dh_NF.shape
     E = offset_E1.shape[0] - 1
     tile = tiling.grad_row_tile(N)
-    row_tiles = triton.cdiv(N, tile.BLOCK_N) + E
+    row_tiles = tiling.cdiv(N, tile.BLOCK_N) + E
     dz_NF = dh_NF if z_NF is None else dh_NF.new_empty(N, F)
     partial = dh_NF.new_empty((row_tiles, F), dtype=torch.float32) if want_bias else None
     if z_NF is not None or want_bias:
         launch(
-            _activation_grad_kernel, (row_tiles, triton.cdiv(F, tile.BLOCK_D)),
+            _activation_grad_kernel, (row_tiles, tiling.cdiv(F, tile.BLOCK_D)),
             dh_NF, z_NF, offset_E1, None if z_NF is None else dz_NF, partial, F, dh_NF.stride(0),
-            ACTIVATION=activation, E=E, E_PAD=triton.next_power_of_2(E), **tile.meta(),
+            ACTIVATION=activation, E=E, E_PAD=tiling.next_power_of_2(E), **tile.meta(),
         )  # fmt: skip
     return dz_NF, partial, tile.BLOCK_N

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from cumo_kernels import tiling
 from cumo_kernels.kernels.epilogues import activation_and_derivative, column_slices
-from cumo_kernels.kernels.grouped_gemm import Weights, dot_precision, matmul_tile, num_programs, tile_of
+from cumo_kernels.kernels.grouped_gemm import (
+    Weights,
+    dot_precision,
+    is_transposed,
+    matmul_tile,
+    num_programs,
+    tile_of,
+)
 from cumo_kernels.kernels.launch import can_use_tma, descriptor, launch, target_of
 from cumo_kernels.kernels.numerics import narrow
 from cumo_kernels.kernels.schedule import expert_rows, locate
@@ -79,11 +86,12 @@ def _grouped_dact_kernel(
     partial[row_tile] = column sums of dz.
 
     If GATED, a = act(z gate) z up and dz has both halves. K is the output width, N the hidden width. Schedule as in
-    `_grouped_gemm_kernel`. A tile owns its part of every output (sums across tiles are left to later kernels), so
-    nothing is atomic. The epilogue goes by SLICES of columns, for it would not fit in registers at once.
+    `_grouped_gemm_kernel`, but a width of zero has a column of tiles too, for the scores. A tile owns its part of every
+    output (sums across tiles are left to later kernels), so nothing is atomic. The epilogue goes by SLICES of columns,
+    for it would not fit in registers at once.
     """
     tiles, last = expert_rows(offset_ptr, E, E_PAD, BLOCK_M)
-    n_tiles = tl.cdiv(N, BLOCK_N)
+    n_tiles = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * n_tiles, tl.num_programs(0)):
         expert, first_row, end, n_tile, row_tile = locate(
             tile, offset_ptr, tiles, last, n_tiles, E_PAD, BLOCK_M, GROUP_M
@@ -136,10 +144,10 @@ def grouped_dact(
     num_rows = z.shape[0]
     target = target_of(dout)
     kind = "dact_gated" if gated else "dact"
-    tile = tiling.gemm_tile(target, dout.dtype, num_rows, E, F, kind)
+    tile = tiling.gemm_tile(target, dout.dtype, num_rows, E, F, kind, O, is_transposed(w2_EFO))
     w = Weights(w2_EFO, tile, target.has_tma)
     x_tma = target.has_tma and token_N is None and can_use_tma(dout)
-    n_tiles, row_tiles = triton.cdiv(F, tile.BLOCK_N), triton.cdiv(num_rows, tile.BLOCK_M) + E
+    n_tiles, row_tiles = max(1, tiling.cdiv(F, tile.BLOCK_N)), tiling.cdiv(num_rows, tile.BLOCK_M) + E
     dz = z.new_empty(z.shape)
     a = z.new_empty(num_rows, F) if want_a else None
     score = z.new_empty((n_tiles, num_rows), dtype=torch.float32) if want_score else None
@@ -149,7 +157,7 @@ def grouped_dact(
         descriptor(dout, [tile.BLOCK_M, tile.BLOCK_K]) if x_tma else dout, w.argument,
         token_N, offset_E1, weight_TK.contiguous(), route_N, z, dz, a, bias_score_N, score, partial,
         num_rows, F, O, dout.stride(0), *w.tensor.stride(),
-        E=E, E_PAD=triton.next_power_of_2(E), ACTIVATION=activation, GATED=gated, X_TMA=x_tma, **w.flags(),
+        E=E, E_PAD=tiling.next_power_of_2(E), ACTIVATION=activation, GATED=gated, X_TMA=x_tma, **w.flags(),
         GATHER=token_N is not None, PRECISION=dot_precision(dout.dtype), SLICES=tile.SLICES, **tile.meta(),
     )  # fmt: skip
     return dz, a, score, partial, tile.BLOCK_M

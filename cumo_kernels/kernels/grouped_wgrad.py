@@ -35,7 +35,7 @@ def _load_block(
 @triton.jit
 def _sum_partials(partial_ptr, first, count, columns, width, BLOCK_P: tl.constexpr):
     """Sum of partial[first : first + count, columns] over its rows, blockwise in a fixed order."""
-    total = tl.sum(tl.zeros_like(columns)[None, :].to(tl.float32), axis=0)
+    total = tl.zeros_like(columns).to(tl.float32)
     for start in range(0, count, BLOCK_P):
         i = start + tl.arange(0, BLOCK_P)
         at = (first + i).to(tl.int64)[:, None] * width + columns[None, :]
@@ -58,10 +58,10 @@ def _grouped_wgrad_kernel(
 
     Grid (E * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),); a program owns one tile of one expert's dW and walks the rows
     of the expert in order, accumulating in fp32: no atomics, and an expert without rows gets zeros. Whole blocks
-    of rows need no row mask; the tail is loaded by pointers with one. The first column of programs of each expert
-    also finishes its bias gradient.
+    of rows need no row mask; the tail is loaded by pointers with one. The first column of programs of each expert,
+    which there is also if N = 0, finishes its bias gradient too.
     """
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(N, BLOCK_N), 1)
     expert = tl.program_id(0) // (m_tiles * n_tiles)
     m_tile, n_tile = swizzle(tl.program_id(0) % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP_M)
     m, n = m_tile * BLOCK_M, n_tile * BLOCK_N
@@ -74,6 +74,8 @@ def _grouped_wgrad_kernel(
             count = (end - start + PARTIAL_ROWS - 1) // PARTIAL_ROWS
             total = _sum_partials(partial_ptr, before, count, at_m, M, 64)
             tl.store(dbias_ptr + expert * M + at_m, narrow(total, dbias_ptr.dtype.element_ty), mask=at_m < M)
+    if N == 0:
+        end = start  # the bias gradient alone: no rows to walk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     whole = (end - start) // BLOCK_K * BLOCK_K
     for row in range(start, start + whole, BLOCK_K):
@@ -96,7 +98,7 @@ def _grouped_wgrad_kernel(
 
 def grouped_wgrad(
     g: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     offset_E1: Tensor,
     *,
     token_N: Tensor | None = None,
@@ -104,28 +106,30 @@ def grouped_wgrad(
     gather_x: bool = False,
     partial: Tensor | None = None,
     partial_rows: int = 1,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch `_grouped_wgrad_kernel`; returns dW [E, M, N] and, from `partial`, dbias [E, M], in the dtype of `x`.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch `_grouped_wgrad_kernel`; returns dW [E, M, N] and, from `partial`, dbias [E, M], in the dtype of `g`; each
+    None without `x` or `partial`.
 
     `g` and `x` hold sorted rows, or tokens to gather them from (`gather_g`, `gather_x`, with `token_N`). `partial`
     [row tiles, M] holds the column sums of g over tiles of `partial_rows` rows, expert by expert.
     """
     g = g if g.stride(1) == 1 else g.contiguous()
-    x = x if x.stride(1) == 1 else x.contiguous()
+    want_dw = x is not None
+    x = g[:, :0] if x is None else x if x.stride(1) == 1 else x.contiguous()
     E, M, N = offset_E1.shape[0] - 1, g.shape[1], x.shape[1]
-    num_rows = x.shape[0] if not gather_x else g.shape[0]
-    dw = x.new_empty(E, M, N)
-    dbias = None if partial is None else x.new_empty(E, M)
-    target = target_of(x)
-    tile = tiling.gemm_tile(target, x.dtype, num_rows, E, N, "wgrad")
+    num_rows = g.shape[0] if token_N is None else token_N.shape[0]
+    dw = g.new_empty(E, M, N)
+    dbias = None if partial is None else g.new_empty(E, M)
+    target = target_of(g)
+    tile = tiling.gemm_tile(target, g.dtype, num_rows, E, N, "wgrad", M)
     g_tma = target.has_tma and not gather_g and can_use_tma(g)
     x_tma = target.has_tma and not gather_x and can_use_tma(x)
     launch(
-        _grouped_wgrad_kernel, (E * triton.cdiv(M, tile.BLOCK_M) * triton.cdiv(N, tile.BLOCK_N),),
+        _grouped_wgrad_kernel, (E * tiling.cdiv(M, tile.BLOCK_M) * max(1, tiling.cdiv(N, tile.BLOCK_N)),),
         descriptor(g, [tile.BLOCK_K, tile.BLOCK_M]) if g_tma else g, g,
         descriptor(x, [tile.BLOCK_K, tile.BLOCK_N]) if x_tma else x, x,
         token_N, offset_E1, dw, partial, dbias, M, N, g.stride(0), x.stride(0),
-        E=E, E_PAD=triton.next_power_of_2(E), PARTIAL_ROWS=partial_rows, G_TMA=g_tma, X_TMA=x_tma,
-        G_GATHER=gather_g, X_GATHER=gather_x, PRECISION=dot_precision(x.dtype), **tile.meta(),
+        E=E, E_PAD=tiling.next_power_of_2(E), PARTIAL_ROWS=partial_rows, G_TMA=g_tma, X_TMA=x_tma,
+        G_GATHER=gather_g, X_GATHER=gather_x, PRECISION=dot_precision(g.dtype), **tile.meta(),
     )  # fmt: skip
-    return dw, dbias
+    return dw if want_dw else None, dbias

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cumo_kernels import tiling
 from cumo_kernels.kernels.gating import TL_DTYPES, finish_losses, new_routing, route_block, store_sums
-from cumo_kernels.kernels.grouped_gemm import dot_precision
 from cumo_kernels.kernels.launch import launch, target_of
 from cumo_kernels.kernels.numerics import dot
 
@@ -22,12 +21,13 @@ def _linear_gating_kernel(
     D, stride_xt, stride_ge, segment, blocks,
     E: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, K_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORMALIZE: tl.constexpr, PROBS_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr, PROBS_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """logits = x gate^T; then as `_topk_gating_kernel`.
 
-    Grid (S * blocks,); a program owns one block of tokens of one segment. Products are exact in fp32 (PRECISION
-    "ieee"), sums in fp32 in the order of d. E_PAD is at least 16, the least width of a matrix product.
+    Grid (S * blocks,); a program owns one block of tokens of one segment. Products are those of fp32, also where
+    matmuls may round them (TF32), for that would change which experts are chosen; sums in fp32 in the order of d.
+    E_PAD is at least 16, the least width of a matrix product.
     """
     program = tl.program_id(0).to(tl.int64)
     i = (program % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -44,7 +44,7 @@ def _linear_gating_kernel(
         )
         if x.dtype != gate.dtype:
             x, gate = x.to(tl.float32), gate.to(tl.float32)
-        logits = dot(x, gate.T, logits, PRECISION)
+        logits = dot(x, gate.T, logits, "ieee")
     mask = (i < segment)[:, None] & (e < E)[None, :]
     tl.store(logits_ptr + t[:, None] * E + e[None, :], logits, mask=mask)
     p, f, z = route_block(
@@ -66,14 +66,13 @@ def linear_gating_forward(
     if T == 0:
         return *routing, logits_TE
     tile = tiling.linear_gating_tile(target_of(x_TD), E)
-    blocks = triton.cdiv(segment, tile.BLOCK_T)
+    blocks = tiling.cdiv(segment, tile.BLOCK_T)
     sums = x_TD.new_empty((T // segment * blocks, 2 * E + 1), dtype=torch.float32)
     launch(
         _linear_gating_kernel, (T // segment * blocks,),
         x_TD, gate_ED, logits_TE, weight_TK, expert_TK, sums, D, x_TD.stride(0), gate_ED.stride(0), segment, blocks,
-        E=E, K=top_k, E_PAD=max(16, triton.next_power_of_2(E)), K_PAD=triton.next_power_of_2(top_k),
-        NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], PRECISION=dot_precision(gate_ED.dtype),
-        **tile.meta(),
+        E=E, K=top_k, E_PAD=max(16, tiling.next_power_of_2(E)), K_PAD=tiling.next_power_of_2(top_k),
+        NORMALIZE=normalize, PROBS_DTYPE=TL_DTYPES[probs_dtype], **tile.meta(),
     )  # fmt: skip
     finish_losses(sums, losses, segment, blocks)
     return *routing, logits_TE

@@ -36,7 +36,7 @@ def permute_forward(x_TD: Tensor, token_N: Tensor) -> Tensor:
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     x_ND = x_TD.new_empty(N, D)
     tile = tiling.row_tile(D)
-    grid = triton.cdiv(N, tile.BLOCK_N), triton.cdiv(D, tile.BLOCK_D)
+    grid = tiling.cdiv(N, tile.BLOCK_N), tiling.cdiv(D, tile.BLOCK_D)
     launch(_permute_kernel, grid, x_TD, token_N, x_ND, N, D, x_TD.stride(0), **tile.meta())
     return x_ND
 
@@ -53,8 +53,8 @@ def _combine_kernel(
 
     Slots of -1 are left out. In the backward pass of the whole layer the first column of programs also collects
     the gradient of the weights, dweight[t, k] = sum_p score[p, slot[t, k]].
-    Grid (cdiv(T, BLOCK_N), cdiv(D, BLOCK_D)); a program owns one tile of `out`: no atomics, fp32 sums in the order
-    of k (and p), hence bitwise reproducible.
+    Grid (cdiv(T, BLOCK_N), cdiv(D, BLOCK_D)), of at least one column; a program owns one tile of `out`: no atomics,
+    fp32 sums in the order of k (and p), hence bitwise reproducible.
     """
     t = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -99,7 +99,7 @@ def combine_forward(
     y_ND = y_ND if y_ND.stride(1) == 1 else y_ND.contiguous()
     tile = tiling.row_tile(D)
     launch(
-        _combine_kernel, (triton.cdiv(T, tile.BLOCK_N), triton.cdiv(D, tile.BLOCK_D)),
+        _combine_kernel, (tiling.cdiv(T, tile.BLOCK_N), max(1, tiling.cdiv(D, tile.BLOCK_D))),
         y_ND, weight_TK if weight_TK is None else weight_TK.contiguous(), slot_TK, residual_TD,
         out_TD, score_PN, dweight_TK,
         T, D, N, y_ND.stride(0), 0 if residual_TD is None else residual_TD.stride(0),
@@ -148,7 +148,7 @@ def combine_backward(
     dy_ND, dweight_TK = y_ND.new_empty(N, D), weight_TK.new_empty(weight_TK.shape)
     tile = tiling.row_tile(D)
     launch(
-        _combine_backward_kernel, (triton.cdiv(N, tile.BLOCK_N),),
+        _combine_backward_kernel, (tiling.cdiv(N, tile.BLOCK_N),),
         dout_TD, y_ND, weight_TK, token_N, route_N, dy_ND, dweight_TK,
         N, D, dout_TD.stride(0), y_ND.stride(0), **tile.meta(),
     )  # fmt: skip

@@ -146,8 +146,8 @@ def make_layer(
         "x_TD": random(T, D),
         "weight_TK": torch.rand(T, K, device=device).add(0.1).to(weight_dtype),
         "expert_TK": random_experts(T, K, E, device) if expert_TK is None else expert_TK,
-        "w1_EFD": random(E, F1, D, scale=D**-0.5),
-        "w2_EOF": random(E, O, F, scale=F**-0.5),
+        "w1_EFD": random(E, F1, D, scale=max(D, 1) ** -0.5),
+        "w2_EOF": random(E, O, F, scale=max(F, 1) ** -0.5),
         "b1_EF": random(E, F1),
         "b2_EO": random(E, O),
     }

@@ -20,6 +20,8 @@ from tests.numerics import assert_bitwise_equal
 SHAPES = [
     pytest.param(0, 4, 24, 40, 0, id="no-rows"),
     pytest.param(1, 3, 1, 1, 0, id="one-element"),
+    pytest.param(13, 4, 0, 40, 0, id="no-input-width"),
+    pytest.param(13, 4, 24, 0, 0, id="no-output-width"),
     pytest.param(13, 4, 25, 41, 0, id="tails-in-every-dimension"),
     pytest.param(64, 2, 32, 64, 0, id="exact-tiles"),
     pytest.param(140, 2, 40, 33, 0, id="several-tiles-in-every-dimension-and-a-part-panel"),
@@ -31,7 +33,7 @@ SHAPES = [
 def make_tensors(device, N=13, E=4, D=24, F=40, dtype=torch.float32):
     return {
         "x_ND": torch.randn(N, D, device=device).to(dtype),
-        "w_EFD": (torch.randn(E, F, D, device=device) * D**-0.5).to(dtype),
+        "w_EFD": (torch.randn(E, F, D, device=device) * max(D, 1) ** -0.5).to(dtype),
         "bias_EF": torch.randn(E, F, device=device).to(dtype),
     }
 

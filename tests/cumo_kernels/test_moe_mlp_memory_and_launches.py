@@ -96,6 +96,7 @@ SUBSETS = [
     pytest.param(["x_TD", "weight_TK"], 4, 4, id="frozen-parameters"),
     pytest.param(["w1_EFD", "w2_EOF", "b1_EF", "b2_EO"], 4, 4, id="frozen-tokens-and-gate"),
     pytest.param(["residual_TO"], 0, 0, id="the-residual-only"),
+    pytest.param(["b1_EF", "b2_EO"], 4, 4, id="the-biases-only"),
 ]
 
 
@@ -112,6 +113,17 @@ def test_gradients_that_nobody_wants_cost_no_launch(wrt, gathered, sorted_copy, 
         torch.autograd.grad(y_TO, [layer[name] for name in wrt], torch.empty_like(y_TO))
     names = [launched.kernel.__name__ for launched in launches]
     assert len(names) == (gathered if T == 577 else sorted_copy), names
+
+
+def test_gradients_of_biases_cost_no_gradient_of_weights(device):
+    wrt = ["b1_EF", "b2_EO"]
+    layer = {n: t.detach().requires_grad_(n in wrt) for n, t in uninitialised_layer(device, 577).items()}
+    routing = {"weight_TK": torch.empty(577, 2), "expert_TK": torch.zeros(577, 2, dtype=torch.int32)}
+    with ck.use_backend("triton"), record_launches(H100) as launches:
+        y_TO = ck.moe_mlp(**layer, **{name: tensor.to(device) for name, tensor in routing.items()})
+        torch.autograd.grad(y_TO, [layer[name] for name in wrt], torch.empty_like(y_TO))
+    weights = [launched.args[6] for launched in launches if launched.kernel.__name__ == "_grouped_wgrad_kernel"]
+    assert [dw_EMN.numel() for dw_EMN in weights] == [0, 0]
 
 
 def bytes_saved(function, parameters):

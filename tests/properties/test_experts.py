@@ -34,7 +34,7 @@ def test_grouped_gemm(data, machine, tiles, device):
         device,
         {
             "x_ND": data.draw(some.normals(T * K, D, dtype=dtype)),
-            "w_EFD": data.draw(some.normals(E, F, D, dtype=dtype, scale=D**-0.5)),
+            "w_EFD": data.draw(some.normals(E, F, D, dtype=dtype, scale=max(D, 1) ** -0.5)),
             "bias_EF": data.draw(optional(some.normals(E, F, dtype=dtype)), "bias"),
         },
     )
@@ -69,8 +69,8 @@ def test_moe_mlp(data, machine, tiles, device):
             "x_TD": data.draw(some.normals(T, D, dtype=dtype)),
             "weight_TK": data.draw(some.gate_weights(T, K, weight_dtype), "weights"),
             "expert_TK": data.draw(some.expert_ids(T, K, E), "ids"),
-            "w1_EFD": data.draw(some.normals(E, F1, D, dtype=dtype, scale=D**-0.5)),
-            "w2_EOF": data.draw(some.normals(E, O, F, dtype=dtype, scale=F**-0.5)),
+            "w1_EFD": data.draw(some.normals(E, F1, D, dtype=dtype, scale=max(D, 1) ** -0.5)),
+            "w2_EOF": data.draw(some.normals(E, O, F, dtype=dtype, scale=max(F, 1) ** -0.5)),
             "b1_EF": data.draw(optional(some.normals(E, F1, dtype=dtype)), "b1"),
             "b2_EO": data.draw(optional(some.normals(E, O, dtype=dtype)), "b2"),
             "residual_TO": data.draw(optional(some.normals(T, O, dtype=autocast or dtype)), "residual"),
