@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles that `python -m cumo_kernels.tune` found on a card: a table in a JSON file, read once.
+"""Tables of the tiles that `python -m cumo_kernels.tune` found on a card: JSON files, read once.
 
-The table of the package is `tuned_tiles.json` beside this file. The environment variable CUMO_TUNED_TILES names a
-further one, whose entries come first. Where neither has an entry, `cumo_kernels.tiling` chooses.
+The package has one, `tuned_tiles.json` beside this file. The environment variable CUMO_TUNED_TILES names another, whose
+entries take precedence. Without an entry, `cumo_kernels.tiling` chooses.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 SHIPPED = Path(__file__).with_name("tuned_tiles.json")
 VARIABLE = "CUMO_TUNED_TILES"
-# Largest number of rows per expert of each step; a new batch size rarely leaves its step.
-STEPS = (16, 64, 512)
+# A step holds every number up to the one given and above the one before, so that a tile serves sizes near those it
+# was tuned for. A new batch size rarely leaves its step of rows.
+ROWS = (16, 64, 512)
+REDUCTIONS = (512, 1024, 2048, 4096, 8192)
+EXPERTS = (8, 64)
 MANY = "more"
 
 
 class Key(NamedTuple):
-    """What a tile is tuned for."""
+    """Which GEMMs share a tile."""
 
     arch: int
     """Compute capability: 90 for sm_90."""
@@ -30,18 +35,36 @@ class Key(NamedTuple):
     kind: str
     """As of `cumo_kernels.tiling.gemm_tile`."""
     n: int
-    """Output width."""
+    """Output width: exact, for it decides how evenly the tiles fill the device."""
+    k: str
+    """Step in `REDUCTIONS` of the width that is summed over; of a "wgrad", which sums over rows, the other width."""
+    transposed: bool
+    """Whether the weight is contiguous along n, as in a backward pass."""
+    experts: str
+    """Step in `EXPERTS`."""
     rows: str
-    """Rows per expert: up to "16", "64", "512", or "more"."""
+    """Step in `ROWS` of the mean number of rows per expert."""
 
 
-def step_of(rows_per_expert: float) -> str:
-    """The step that a number of rows falls into."""
-    return next((str(step) for step in STEPS if rows_per_expert <= step), MANY)
+def step_of(number: float, steps: tuple[int, ...]) -> str:
+    """The step that contains `number`: the least of `steps` that is not below it, or "more"."""
+    for step in steps:
+        if number <= step:
+            return str(step)
+    return MANY
+
+
+def make_key(
+    arch: int, dtype: torch.dtype, kind: str, rows: int, num_experts: int, n: int, k: int, transposed: bool
+) -> Key:
+    """The key of a GEMM of `rows` rows; the other arguments as in `Key`, but exact."""
+    name, per_expert = str(dtype).removeprefix("torch."), rows / num_experts
+    steps = step_of(k, REDUCTIONS), transposed, step_of(num_experts, EXPERTS), step_of(per_expert, ROWS)
+    return Key(arch, name, kind, n, *steps)
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a table: each with the fields of `Key`, a `tile`, and whatever says where it is from.
+    """The entries of a table: each has the fields of `Key`, a `tile`, and fields that say where it is from.
 
     Raises:
         ValueError: the file is not such a table.
@@ -64,7 +87,7 @@ def key_of(entry: Mapping[str, Any]) -> Key:
 
 
 def read_tables() -> dict[Key, dict[str, Any]]:
-    """Fields of the tile for each key, of the shipped table and that of CUMO_TUNED_TILES.
+    """For each key, the fields of its tile, from the shipped table and that of CUMO_TUNED_TILES.
 
     Raises:
         ValueError: a file is not such a table.

@@ -222,7 +222,7 @@ def _grouped_gemm_kernel(
 
 
 def is_transposed(w_ENK: Tensor) -> bool:
-    """Whether a weight [E, N, K] is read along N, not along K."""
+    """Whether a weight [E, N, K] is contiguous along N, and not along K."""
     return w_ENK.stride(2) != 1 and w_ENK.stride(1) == 1
 
 
@@ -233,8 +233,10 @@ class Weights:
     """
 
     def __init__(self, w_ENK: Tensor, tile: tiling.GemmTile, use_tma: bool, gated: bool = False) -> None:
+        if w_ENK.stride(2) != 1 and w_ENK.stride(1) != 1:
+            w_ENK = w_ENK.contiguous()
+        self.tensor = w_ENK
         self.is_nk = not is_transposed(w_ENK)
-        self.tensor = w_ENK = w_ENK.contiguous() if self.is_nk and w_ENK.stride(2) != 1 else w_ENK
         memory_order = w_ENK if self.is_nk else w_ENK.transpose(1, 2)
         # along the unit stride a descriptor reads from multiples of 16 bytes only
         half_is_aligned = self.is_nk or w_ENK.shape[1] // 2 * w_ENK.element_size() % 16 == 0

@@ -36,7 +36,7 @@ def is_power_of_2(n):
 def gemm_tiles(target, dtype, kind):
     """Every distinct tile over the sizes above."""
     sizes = itertools.product(ROWS, EXPERTS, WIDTHS)
-    return {tiling.gemm_tile(target, dtype, rows, experts, n, kind) for rows, experts, n in sizes}
+    return {tiling.gemm_tile(target, dtype, rows, experts, n, kind, 1024) for rows, experts, n in sizes}
 
 
 @every_gemm({"interpreter": tiling.INTERPRETER, **TARGETS})
@@ -73,7 +73,7 @@ def test_accumulators_fit_in_registers(target, dtype, kind):
 @pytest.mark.parametrize("experts", [4, 8, 128])
 def test_a_tile_changes_at_a_few_token_counts_only(experts, target, kind):
     """Else a new batch size would compile kernels anew."""
-    tiles = [tiling.gemm_tile(target, torch.bfloat16, rows, experts, 1024, kind) for rows in range(1, 20_000)]
+    tiles = [tiling.gemm_tile(target, torch.bfloat16, rows, experts, 1024, kind, 1024) for rows in range(1, 20_000)]
     changes = [rows for rows, (a, b) in enumerate(itertools.pairwise(tiles), start=1) if a != b]
     assert len(changes) <= 2
     assert tiles[9_998] == tiles[9_999]
@@ -88,7 +88,7 @@ def test_tiles_of_all_kernels_are_the_same_for_5000_and_5001_tokens():
 
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match=r"kind: expected one of .*, got 'backward'"):
-        tiling.gemm_tile(tiling.INTERPRETER, torch.float32, 1, 1, 1, "backward")
+        tiling.gemm_tile(tiling.INTERPRETER, torch.float32, 1, 1, 1, "backward", 1)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 4, 60, 64, 200, 256])
