@@ -4,7 +4,8 @@
 "triton" runs the kernels (on a GPU, or on a CPU in Triton's interpreter when `TRITON_INTERPRET=1`);
 "reference" runs `cumo_kernels.reference` in eager PyTorch on any device. The default is "triton" for CUDA
 tensors and "reference" elsewhere; the environment variable `CUMO_BACKEND` and `use_backend` force one.
-Nothing falls back: a forced or default backend that cannot run raises.
+Nothing falls back: a backend that cannot run raises, whether forced or the default. On the meta device, where nothing
+runs, either backend gives shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor
 
 from cumo_kernels.checks import check_one_of
@@ -29,11 +31,11 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def use_backend(name: str) -> Iterator[None]:
     """Force the backend "triton" or "reference" for the calls in this block, in every thread of the process.
 
-    The backward of an operation runs on the backend of its forward. Each block puts back what it found, so blocks nest;
-    two threads whose blocks overlap without nesting would leave the backend of one of them behind.
+    The backward of an operation runs on the backend of its forward. Each block restores the backend that it found, so
+    blocks nest; blocks of two threads that overlap without nesting would leave one thread's backend behind.
 
     Args:
-        name: "triton" or "reference". That it can run is found out by the first operation; see `backend_for`.
+        name: "triton" or "reference". Whether it can run is only checked by the first operation.
 
     Raises:
         ValueError: `name` is neither.
@@ -66,7 +68,8 @@ def backend_for(tensor: Tensor) -> str:
         RuntimeError: the backend is "triton", and Triton is missing or cannot run on the tensor's device.
         ValueError: `CUMO_BACKEND` names no backend.
     """
-    is_cuda = tensor.device.type == "cuda"
+    device_type = tensor.device.type
+    is_cuda = device_type == "cuda"
     name = _forced
     if name is None:
         name = "triton" if is_cuda else "reference"
@@ -76,9 +79,21 @@ def backend_for(tensor: Tensor) -> str:
             raise RuntimeError(
                 "backend 'triton': Triton is not installed; install it, or set CUMO_BACKEND=reference for the slow path"
             )
-        if not is_cuda and not interpreted():
+        if not is_cuda and device_type != "meta" and not interpreted():
             raise RuntimeError(
                 f"backend 'triton': got tensors on {tensor.device}, expected a CUDA device; "
                 "on a CPU the kernels run only in Triton's interpreter (TRITON_INTERPRET=1)"
             )
     return name
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on `device`; None if it is off, or unknown there as on the meta device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which autocast is off on `device`."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -4,17 +4,41 @@
 Every function has the signature of the public operation of its name and is differentiated by autograd. It
 works on the rows of one expert at a time (never on one image or one token), in any floating-point dtype, and
 traces under `torch.compile(fullgraph=True)`. On CUDA it reads the expert offsets back to the host.
+
+There are three ways to the same numbers. Eager mode reads the expert offsets and has gradients of its own. Where a
+graph or shapes alone are wanted, the loops over experts are operators. In forward-mode differentiation and the
+transforms of `torch.func` all is composed of PyTorch's own operators, which know every transform.
 """
 
 from __future__ import annotations
 
+from enum import Enum
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, is_fake
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cumo_kernels.activations import ACTIVATIONS
+from cumo_kernels.backend import without_autocast
 from cumo_kernels.checks import check_segment
 from cumo_kernels.types import DispatchPlan, Routing
+
+
+class _Mode(Enum):
+    EAGER = "eager"
+    TRACED = "traced"  # torch.compile, FakeTensorMode, the meta device: there are no values to look at
+    TRANSFORMED = "transformed"  # a dual level or a transform of torch.func
+
+
+def _mode(tensor: Tensor) -> _Mode:
+    """How an operation on `tensor` is carried out."""
+    if torch.compiler.is_compiling():
+        return _Mode.TRACED
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return _Mode.TRANSFORMED
+    return _Mode.TRACED if tensor.is_meta or isinstance(tensor, FakeTensor) else _Mode.EAGER
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +66,7 @@ def topk_gating(
     weight_TK = probs_TE.gather(1, expert_TK)
     if normalize:
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True)
-    first_TE = torch.nn.functional.one_hot(expert_TK[:, 0], E).to(logits_TE.dtype)
+    first_TE = (expert_TK[:, :1] == torch.arange(E, device=logits_TE.device)).to(logits_TE.dtype)
     tokens = max(segment, 1)  # the losses of no tokens are 0, not 0 / 0
     mean_probs_SE = probs_TE.to(logits_TE.dtype).view(S, segment, E).sum(dim=1) / tokens
     share_SE = first_TE.view(S, segment, E).sum(dim=1) / tokens
@@ -60,7 +84,7 @@ def linear_topk_gating(
     probs_dtype: torch.dtype = torch.float32,
 ) -> Routing:
     """Router logits in float32, then `topk_gating`. See `cumo_kernels.linear_topk_gating`."""
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with without_autocast(x_TD.device):
         dtype = accumulation_dtype(x_TD.dtype)
         logits_TE = torch.nn.functional.linear(x_TD.to(dtype), gate_ED.to(dtype))
         return topk_gating(logits_TE, top_k, segment, normalize, probs_dtype)
@@ -77,7 +101,7 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     offset_E1 = torch.searchsorted(key_N, experts_E1, out_int32=True)
     used_N = key_N < num_experts
     row_N = torch.where(used_N, torch.arange(N, device=key_N.device, dtype=torch.int32), -1)
-    slot_N = torch.empty_like(row_N).scatter_(0, route_N, row_N)
+    slot_N = row_N.scatter(0, route_N, row_N)
     route_N = route_N.int()
     token_N = torch.where(used_N, route_N // K, -1)
     return DispatchPlan(token_N, route_N, slot_N.view(T, K), offset_E1)
@@ -123,13 +147,20 @@ class _SumRows(torch.autograd.Function):
 
 def _gather_rows(source_RD: Tensor, index_M: Tensor) -> Tensor:
     ignored_M = index_M < 0
-    # a compiled graph cannot branch on data; in eager mode the usual case, nothing ignored, saves a pass
-    if not torch.compiler.is_compiling() and not ignored_M.any():
+    # only eager mode can branch on data: the usual case, nothing ignored, saves a pass
+    if _mode(index_M) is _Mode.EAGER and not ignored_M.any():
         return source_RD.index_select(0, index_M)
     if source_RD.shape[0] == 0:
         return source_RD.new_zeros(index_M.shape[0], source_RD.shape[1])
     rows_MD = source_RD.index_select(0, index_M.clamp(min=0))
     return rows_MD.masked_fill_(ignored_M.unsqueeze(1), 0)
+
+
+def _take_rows(source_RD: Tensor, index_M: Tensor, inverse_RJ: Tensor) -> Tensor:
+    """`_TakeRows`, or without its gradient what PyTorch can transform."""
+    if _mode(source_RD) is _Mode.TRANSFORMED:
+        return _gather_rows(source_RD, index_M)
+    return _TakeRows.apply(source_RD, index_M, inverse_RJ)
 
 
 def _affine(x_RD: Tensor, w_FD: Tensor, bias_EF: Tensor | None, e: int, out: Tensor | None = None) -> Tensor:
@@ -176,7 +207,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, w_EFD: Tensor, bias_EF: Tensor | None, offset_E1: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_ND, w_EFD, offset_E1)
-        op = _linear_rows_op if torch.compiler.is_compiling() else _linear_rows
+        op = _linear_rows_op if _mode(x_ND) is _Mode.TRACED else _linear_rows
         return op(x_ND, w_EFD, bias_EF, offset_E1)
 
     @staticmethod
@@ -198,7 +229,7 @@ class _GroupedOuter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(y_NF, x_ND, offset_E1)
-        op = _outer_rows_op if torch.compiler.is_compiling() else _outer_rows
+        op = _outer_rows_op if _mode(x_ND) is _Mode.TRACED else _outer_rows
         return op(y_NF, x_ND, offset_E1)
 
     @staticmethod
@@ -209,16 +240,42 @@ class _GroupedOuter(torch.autograd.Function):
         return dy_NF, dx_ND, None
 
 
+def _transformable_linear(x_ND: Tensor, w_EFD: Tensor, bias_EF: Tensor | None, offset_E1: Tensor) -> Tensor:
+    """`_linear_rows` of PyTorch's own operators."""
+    if _readable(offset_E1):
+        ends = offset_E1.tolist()
+        sizes = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        *x_ERD, tail_RD = x_ND.split([*sizes, x_ND.shape[0] - ends[-1]])
+        rows = [_affine(x_RD, w_EFD[e], bias_EF, e) for e, x_RD in enumerate(x_ERD)]
+        return torch.cat([*rows, x_ND.new_zeros(tail_RD.shape[0], w_EFD.shape[1])])
+    # each expert goes through all rows, with zeros in place of those of others, and its own are kept
+    row_N1 = torch.arange(x_ND.shape[0], device=x_ND.device).unsqueeze(1)
+    y_NF = x_ND.new_zeros(x_ND.shape[0], w_EFD.shape[1])
+    for e in range(w_EFD.shape[0]):
+        own_N1 = (row_N1 >= offset_E1[e]) & (row_N1 < offset_E1[e + 1])
+        y_NF = torch.where(own_N1, _affine(x_ND.masked_fill(~own_N1, 0), w_EFD[e], bias_EF, e), y_NF)
+    return y_NF
+
+
+def _readable(offset_E1: Tensor) -> bool:
+    """Whether the offsets have values, one for all: not under vmap, where each of the mapped cases has its own."""
+    functorch = torch._C._functorch
+    transforms = functorch.get_interpreter_stack() or []
+    vmapped = any(transform.key() == functorch.TransformType.Vmap for transform in transforms)
+    return not (vmapped or offset_E1.is_meta or is_fake(offset_E1))
+
+
 def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     """Copy tokens into expert-sorted rows. See `cumo_kernels.permute`."""
-    return _TakeRows.apply(x_TD, plan.token_N, plan.slot_TK)
+    return _take_rows(x_TD, plan.token_N, plan.slot_TK)
 
 
 def grouped_gemm(
     x_ND: Tensor, w_EFD: Tensor, plan: DispatchPlan, bias_EF: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """act(x W[e]^T + b[e]) over the rows of each expert. See `cumo_kernels.grouped_gemm`."""
-    z_NF = _GroupedLinear.apply(x_ND, w_EFD, bias_EF, plan.offset_E1)
+    linear = _transformable_linear if _mode(x_ND) is _Mode.TRANSFORMED else _GroupedLinear.apply
+    z_NF = linear(x_ND, w_EFD, bias_EF, plan.offset_E1)
     return z_NF if activation is None else ACTIVATIONS[activation](z_NF)
 
 
@@ -226,10 +283,10 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
     """Weighted sum of each token's rows. See `cumo_kernels.combine`."""
     T, K = plan.slot_TK.shape
     dtype = accumulation_dtype(y_NO.dtype)
-    slot_N = plan.slot_TK.view(T * K)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    slot_N = plan.slot_TK.reshape(T * K)
+    if torch.is_grad_enabled() or _mode(y_NO) is not _Mode.EAGER:
         reader_N1 = torch.where(plan.token_N < 0, -1, plan.route_N).unsqueeze(1)
-        choice_TKO = _TakeRows.apply(y_NO, slot_N, reader_N1).view(T, K, y_NO.shape[1])
+        choice_TKO = _take_rows(y_NO, slot_N, reader_N1).view(T, K, y_NO.shape[1])
     else:
         choice_TKO = _gather_rows(y_NO, slot_N).view(T, K, y_NO.shape[1])
     weight_TK = weight_TK.masked_fill(plan.slot_TK < 0, 0)  # 0 times what an ignored choice weighs may be NaN
@@ -257,13 +314,16 @@ def moe_mlp(
 ) -> Tensor:
     """permute, two grouped GEMMs with the activation between them, combine. See `cumo_kernels.moe_mlp`."""
     plan = plan_dispatch(expert_TK, w1_EFD.shape[0])
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    mode = _mode(x_TD)
+    if not torch.is_grad_enabled() and mode is _Mode.EAGER:
         y_NO = _experts_without_graph(x_TD, plan, w1_EFD, w2_EOF, b1_EF, b2_EO, activation, gated)
         return combine(y_NO, weight_TK, plan, residual_TO)
 
     def experts(x_TD: Tensor) -> Tensor:
         return _activate(grouped_gemm(permute(x_TD, plan), w1_EFD, plan, b1_EF), activation, gated)
 
+    # torch.func refuses the hooks of a checkpoint; what is saved does not change what is computed
+    recompute = recompute and mode is not _Mode.TRANSFORMED
     a_NF = checkpoint(experts, x_TD, use_reentrant=False) if recompute else experts(x_TD)
     return combine(grouped_gemm(a_NF, w2_EOF, plan, b2_EO), weight_TK, plan, residual_TO)
 

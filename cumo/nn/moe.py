@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cumo_kernels as ck
+from cumo_kernels.backend import autocast_dtype, without_autocast
 from cumo_kernels.checks import check_one_of, check_top_k
 from cumo_kernels.ops.linear_topk_gating import MAX_EXPERTS as MAX_FUSED_EXPERTS
 from cumo_kernels.ops.topk_gating import PROBS_DTYPES
@@ -42,7 +43,7 @@ class Gate(nn.Linear):
         if self.compute_dtype is None:
             return super().forward(x)
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), self.compute_dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
@@ -215,10 +216,8 @@ class MoEMLP(nn.Module):
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """Dtype of a linear layer's output for the input `x`."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    dtype = autocast_dtype(x.device)
+    return x.dtype if dtype is None or x.dtype == torch.float64 else dtype
 
 
 def expert_load(routing: ck.Routing, num_experts: int) -> Tensor:

@@ -11,6 +11,8 @@ from tests.cumo_kernels.harness import PLAIN_AND_GATED, in_float64, make_layer, 
 from tests.numerics import assert_bitwise_equal, relative_error
 
 CPU = torch.device("cpu")
+# PyTorch scripts its decompositions when a forward-mode level is first entered.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 FLOAT64_UNITS = 1e-13  # some hundred units of float64: sums in another order
 
 
@@ -140,11 +142,11 @@ def test_layer_is_the_composition_of_the_operations():
 
 
 def check_gradients(function, *inputs, second=False):
-    """Against finite differences; integers and None are constants."""
+    """In reverse and in forward mode, against finite differences; integers and None are constants."""
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
     if second:
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "not-normalized"])
