@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -77,27 +78,42 @@ def check_one_of(name: str, value: object, allowed: Iterable[object]) -> None:
         raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
 
 
-def is_count(value: object) -> bool:
-    """Whether `value` is a positive integer; a symbolic size of torch.compile is one, a bool is not."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 1
+def as_count(value: object) -> int | None:
+    """`value` as a positive integer, or None if it is none: NumPy's integers are, a bool and a tensor are not.
+
+    A symbolic size of torch.compile is one, and stays symbolic.
+    """
+    if not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, Tensor):  # it has an index, for which the host would wait
+            return None
+        try:
+            value = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+    return value if not isinstance(value, bool) and value >= 1 else None  # type: ignore[return-value]
 
 
-def check_num_experts(num_experts: int) -> None:
-    """num_experts >= 1."""
-    if not is_count(num_experts):
+def check_num_experts(num_experts: int) -> int:
+    """`num_experts` as an int, at least 1."""
+    count = as_count(num_experts)
+    if count is None:
         raise ValueError(f"num_experts: expected a positive integer, got {num_experts!r}")
+    return count
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """1 <= top_k <= num_experts."""
-    if not is_count(top_k) or top_k > num_experts:
+def check_top_k(top_k: int, num_experts: int) -> int:
+    """`top_k` as an int in 1..num_experts."""
+    count = as_count(top_k)
+    if count is None or count > num_experts:
         raise ValueError(f"top_k: expected an integer in 1..{num_experts} (the number of experts), got {top_k!r}")
+    return count
 
 
 def check_segment(segment: int | None, num_tokens: int) -> int:
     """Tokens per segment: `num_tokens` if `segment` is None, else a divisor of it."""
     if segment is None:
         return num_tokens
-    if not is_count(segment) or num_tokens % segment:
+    count = as_count(segment)
+    if count is None or num_tokens % count:
         raise ValueError(f"segment: expected a divisor of the {num_tokens} tokens, got {segment!r}")
-    return segment
+    return count

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cumo_kernels import reference
 from cumo_kernels.backend import backend_for
-from cumo_kernels.checks import check_floating, check_same_device, check_same_dtype, check_shapes
-from cumo_kernels.ops.common import check_kernel_dtype, refuse_double_backward
+from cumo_kernels.checks import check_floating, check_same_device, check_same_dtype
+from cumo_kernels.ops.common import check_kernel_dtype, check_plan, refuse_double_backward, refuse_transforms
 from cumo_kernels.types import DispatchPlan
 
 
@@ -102,18 +102,13 @@ def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Te
         >>> ck.combine(y_NO, weight_TK, plan).tolist()  # 0.75 * 10 + 0.25 * 1, and 0.5 * 2 + 0.5 * 20
         [[7.75], [11.0]]
     """
-    check_shapes(
-        y_NO=(y_NO, "N O"),
-        token_N=(plan.token_N, "N"),
-        weight_TK=(weight_TK, "T K"),
-        slot_TK=(plan.slot_TK, "T K"),
-        residual_TO=(residual_TO, "T O"),
-    )
+    plan = check_plan(plan, y_NO=(y_NO, "N O"), weight_TK=(weight_TK, "T K"), residual_TO=(residual_TO, "T O"))
     check_floating(weight_TK=weight_TK)
     check_same_dtype(y_NO=y_NO, residual_TO=residual_TO)
-    check_same_device(y_NO=y_NO, weight_TK=weight_TK, plan=plan.slot_TK, residual_TO=residual_TO)
+    check_same_device(y_NO=y_NO, weight_TK=weight_TK, residual_TO=residual_TO)
     if backend_for(y_NO) == "reference":
         return reference.combine(y_NO, weight_TK, plan, residual_TO)
     check_kernel_dtype("y_NO", y_NO)
     check_kernel_dtype("weight_TK", weight_TK)
+    refuse_transforms("combine", y_NO, weight_TK, residual_TO)
     return _combine(y_NO, weight_TK, residual_TO, plan.token_N, plan.route_N, plan.slot_TK)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators share: autocast, and the refusal of second derivatives."""
+"""What the operators share: dtypes under autocast, plans from a caller, and what the kernels do not differentiate."""
 
 from __future__ import annotations
 
@@ -7,19 +7,72 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from cumo_kernels.backend import autocast_dtype
+from cumo_kernels.checks import check_floating, check_same_device, check_same_dtype, check_shapes
+from cumo_kernels.types import DispatchPlan
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the autocast dtype of the first one's device, if autocast is on there; else as they are.
+def autocast(**tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in one floating-point dtype: that of autocast if it is on for their device, else their own.
 
     As for `torch.nn.functional.linear`; float64 is left alone.
+
+    Raises:
+        ValueError: they have different dtypes outside of autocast, or some are float64 and others are not.
     """
-    assert tensors[0] is not None
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    present = [t for t in tensors.values() if t is not None]
+    dtype = autocast_dtype(present[0].device)
+    if dtype is None or any(t.dtype == torch.float64 for t in present):
+        check_same_dtype(**tensors)
+        return tuple(tensors.values())
+    check_floating(**tensors)
+    return tuple(None if t is None else t.to(dtype) for t in tensors.values())
+
+
+def check_residual(residual_TO: Tensor | None, output: Tensor, output_name: str) -> None:
+    """`residual_TO` has the dtype of `output`, an argument that autocast may have cast."""
+    if residual_TO is not None and residual_TO.dtype != output.dtype:
+        origin = "of autocast" if autocast_dtype(output.device) == output.dtype else f"as {output_name}"
+        raise ValueError(f"residual_TO: expected dtype {output.dtype} {origin}, got {residual_TO.dtype}")
+
+
+def check_plan(plan: DispatchPlan, **arguments: tuple[Tensor | None, str]) -> DispatchPlan:
+    """Check the shapes of the arguments as `check_shapes` does, and that `plan` fits them, the first one's device too.
+
+    What the plan's tensors hold is not looked at: the host would have to wait. `DispatchPlan.validate` looks.
+
+    Returns:
+        The plan, contiguous as the kernels read it.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    if not isinstance(plan, DispatchPlan):
+        raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
+    fields = {f"plan.{name}": tensor for name, tensor in plan._asdict().items()}
+    for name, tensor in fields.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected int32, got {got}")
+    patterns = zip(fields.values(), ("N", "N", "T K", "E1"), strict=True)
+    size = check_shapes(**arguments, **dict(zip(fields, patterns, strict=True)))
+    first = next(iter(arguments))
+    check_same_device(**{first: arguments[first][0]}, **fields)
+    if size["K"] < 1 or size["T"] * size["K"] != size["N"]:
+        raise ValueError(
+            f"plan.slot_TK: expected shape [T K] with T * K = N={size['N']} as in plan.token_N, "
+            f"got {list(plan.slot_TK.shape)}"
+        )
+    if size["E1"] < 2:
+        raise ValueError(f"plan.offset_E1: expected shape [E + 1] with E >= 1, got {list(plan.offset_E1.shape)}")
+    return DispatchPlan(*(tensor.contiguous() for tensor in plan))
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
@@ -29,6 +82,40 @@ def check_kernel_dtype(name: str, tensor: Tensor) -> None:
             f"{name}: the triton backend expects float16, bfloat16 or float32, got {tensor.dtype}; "
             "use_backend('reference') computes in float64"
         )
+
+
+def refuse_transforms(public_name: str, *tensors: Tensor | None) -> None:
+    """Refuse what the kernels would leave out without a word, or PyTorch refuse without naming the operation:
+    forward-mode differentiation, and `torch.func.grad` and what is made of it."""
+    if forward_ad._current_level >= 0 and any(_follows_tangent(t) for t in tensors if t is not None):
+        raise RuntimeError(
+            f"{public_name}: forward-mode differentiation is not implemented on the triton backend; "
+            "use_backend('reference') differentiates in either mode"
+        )
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
+        return
+    if _transformed_by("Grad") and torch.is_grad_enabled() and any(_is_tracked(t) for t in tensors if t is not None):
+        raise RuntimeError(
+            f"{public_name}: torch.func.grad and what is made of it (vjp, jacrev, hessian) are not implemented on the "
+            "triton backend; Tensor.backward and torch.autograd.grad are, and use_backend('reference') has them all"
+        )
+
+
+def _transformed_by(name: str) -> bool:
+    functorch = torch._C._functorch
+    kind = getattr(functorch.TransformType, name)
+    return any(transform.key() == kind for transform in functorch.get_interpreter_stack() or [])
+
+
+def _is_tracked(tensor: Tensor) -> bool:
+    # what is within a batch is not asked: it may be tracked
+    return tensor.requires_grad or torch._C._functorch.is_batchedtensor(tensor)
+
+
+def _follows_tangent(tensor: Tensor) -> bool:
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor):
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def refuse_double_backward(operator: Any, public_name: str) -> None:

@@ -11,8 +11,17 @@ from torch import Tensor
 from cumo_kernels import reference
 from cumo_kernels.activations import ACTIVATIONS
 from cumo_kernels.backend import backend_for
-from cumo_kernels.checks import check_one_of, check_same_device, check_same_dtype, check_shapes
-from cumo_kernels.ops.common import autocast, check_kernel_dtype, or_empty, or_none, refuse_double_backward
+from cumo_kernels.checks import check_one_of, check_same_device
+from cumo_kernels.ops.common import (
+    autocast,
+    check_kernel_dtype,
+    check_plan,
+    or_empty,
+    or_none,
+    refuse_double_backward,
+    refuse_transforms,
+    wants_gradient,
+)
 from cumo_kernels.types import DispatchPlan
 
 
@@ -135,16 +144,16 @@ def grouped_gemm(
         >>> ck.grouped_gemm(torch.ones(3, 4), w_EFD, plan, activation="relu").tolist()  # each row by its expert
         [[4.0, 4.0], [0.0, 0.0], [0.0, 0.0]]
     """
-    check_shapes(x_ND=(x_ND, "N D"), token_N=(plan.token_N, "N"), w_EFD=(w_EFD, "E F D"), bias_EF=(bias_EF, "E F"))
+    plan = check_plan(plan, x_ND=(x_ND, "N D"), w_EFD=(w_EFD, "E F D"), bias_EF=(bias_EF, "E F"))
     if w_EFD.shape[0] != plan.num_experts:
         raise ValueError(f"w_EFD: expected E={plan.num_experts} experts as in plan, got {list(w_EFD.shape)}")
     if activation is not None:
         check_one_of("activation", activation, ACTIVATIONS)
-    check_same_device(x_ND=x_ND, w_EFD=w_EFD, bias_EF=bias_EF, plan=plan.offset_E1)
-    x_ND, w_EFD, bias_EF = autocast(x_ND, w_EFD, bias_EF)  # type: ignore[assignment]
-    check_same_dtype(x_ND=x_ND, w_EFD=w_EFD, bias_EF=bias_EF)
+    check_same_device(x_ND=x_ND, w_EFD=w_EFD, bias_EF=bias_EF)
+    x_ND, w_EFD, bias_EF = autocast(x_ND=x_ND, w_EFD=w_EFD, bias_EF=bias_EF)  # type: ignore[assignment]
     if backend_for(x_ND) == "reference":
         return reference.grouped_gemm(x_ND, w_EFD, plan, bias_EF, activation)
     check_kernel_dtype("x_ND", x_ND)
-    save_z = activation is not None and torch.is_grad_enabled()
+    refuse_transforms("grouped_gemm", x_ND, w_EFD, bias_EF)
+    save_z = activation is not None and wants_gradient(x_ND, w_EFD, bias_EF)
     return _grouped_gemm(x_ND, w_EFD, bias_EF, plan.offset_E1, activation, save_z)[0]

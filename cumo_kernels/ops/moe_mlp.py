@@ -21,10 +21,18 @@ from cumo_kernels.checks import (
     check_integer,
     check_one_of,
     check_same_device,
-    check_same_dtype,
     check_shapes,
 )
-from cumo_kernels.ops.common import autocast, check_kernel_dtype, or_empty, or_none, refuse_double_backward
+from cumo_kernels.ops.common import (
+    autocast,
+    check_kernel_dtype,
+    check_residual,
+    or_empty,
+    or_none,
+    refuse_double_backward,
+    refuse_transforms,
+    wants_gradient,
+)
 from cumo_kernels.ops.plan_dispatch import plan_dispatch
 
 NUM_INPUTS = 14  # of the operator below
@@ -57,8 +65,22 @@ def _moe_mlp(
 
 
 @_moe_mlp.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor]:
-    x_TD, _, w1_EFD, w2_EOF, _, _, _, token_N, *_, save_z = inputs
+def _(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    w1_EFD: Tensor,
+    w2_EOF: Tensor,
+    b1_EF: Tensor | None,
+    b2_EO: Tensor | None,
+    residual_TO: Tensor | None,
+    token_N: Tensor,
+    route_N: Tensor,
+    slot_TK: Tensor,
+    offset_E1: Tensor,
+    activation: str,
+    gated: bool,
+    save_z: bool,
+) -> tuple[Tensor, Tensor]:
     y_TO = x_TD.new_empty(x_TD.shape[0], w2_EOF.shape[1])
     return y_TO, x_TD.new_empty((token_N.shape[0], w1_EFD.shape[1]) if save_z else (0,))
 
@@ -94,10 +116,27 @@ def moe_mlp_backward(
 
 
 @moe_mlp_backward.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
-    need = inputs[-1]
-    grads = (t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs[1:7], need, strict=True))
-    return tuple(or_empty(grad, inputs[1]) for grad in grads)
+def _(
+    dy_TO: Tensor,
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    w1_EFD: Tensor,
+    w2_EOF: Tensor,
+    b1_EF: Tensor | None,
+    b2_EO: Tensor | None,
+    z_NF: Tensor,
+    token_N: Tensor,
+    route_N: Tensor,
+    slot_TK: Tensor,
+    offset_E1: Tensor,
+    activation: str,
+    gated: bool,
+    saved_z: bool,
+    need: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (x_TD, weight_TK, w1_EFD, w2_EOF, b1_EF, b2_EO)
+    grads = (t.new_empty(t.shape) if n and t is not None else None for t, n in zip(inputs, need, strict=True))
+    return tuple(or_empty(grad, x_TD) for grad in grads)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -179,17 +218,20 @@ def moe_mlp(
     """
     _check(x_TD, weight_TK, expert_TK, w1_EFD, w2_EOF, b1_EF, b2_EO, gated, residual_TO)
     check_one_of("activation", activation, ACTIVATIONS)
-    x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO = autocast(x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO)  # type: ignore[assignment]
-    check_same_dtype(x_TD=x_TD, w1_EFD=w1_EFD, w2_EOF=w2_EOF, b1_EF=b1_EF, b2_EO=b2_EO, residual_TO=residual_TO)
+    x_TD, w1_EFD, w2_EOF, b1_EF, b2_EO = autocast(  # type: ignore[assignment]
+        x_TD=x_TD, w1_EFD=w1_EFD, w2_EOF=w2_EOF, b1_EF=b1_EF, b2_EO=b2_EO
+    )
+    check_residual(residual_TO, x_TD, "x_TD")
     if backend_for(x_TD) == "reference":
         return reference.moe_mlp(
             x_TD, weight_TK, expert_TK, w1_EFD, w2_EOF, b1_EF, b2_EO, activation, gated, recompute, residual_TO
         )
     check_kernel_dtype("x_TD", x_TD)
     check_kernel_dtype("weight_TK", weight_TK)
-    plan = plan_dispatch(expert_TK, w1_EFD.shape[0])
     inputs = (x_TD, weight_TK, w1_EFD, w2_EOF, b1_EF, b2_EO)
-    save_z = torch.is_grad_enabled() and not recompute and any(t is not None and t.requires_grad for t in inputs)
+    refuse_transforms("moe_mlp", *inputs, residual_TO)
+    plan = plan_dispatch(expert_TK, w1_EFD.shape[0])
+    save_z = not recompute and wants_gradient(*inputs)
     return _moe_mlp(*inputs, residual_TO, *plan, activation, gated, save_z)[0]
 
 
@@ -220,6 +262,9 @@ def _check(
             f"w1_EFD: expected {expected} rows per expert ({'2 * ' if gated else ''}F, with F={size['F']} as in w2_EOF "
             f"and gated={gated}), got {list(w1_EFD.shape)}"
         )
+    for letter, name, tensor in (("K", "expert_TK", expert_TK), ("E", "w1_EFD", w1_EFD)):
+        if size[letter] < 1:
+            raise ValueError(f"{name}: expected {letter} >= 1, got {list(tensor.shape)}")
     check_floating(weight_TK=weight_TK)
     check_integer(expert_TK=expert_TK)
     check_same_device(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cumo_kernels import reference
 from cumo_kernels.backend import backend_for
-from cumo_kernels.checks import check_floating, check_same_device, check_shapes
-from cumo_kernels.ops.common import check_kernel_dtype, refuse_double_backward
+from cumo_kernels.checks import check_floating
+from cumo_kernels.ops.common import check_kernel_dtype, check_plan, refuse_double_backward, refuse_transforms
 from cumo_kernels.types import DispatchPlan
 
 
@@ -72,10 +72,10 @@ def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         >>> ck.permute(torch.tensor([[10.0], [20.0], [30.0]]), plan).flatten().tolist()  # a row of expert 0, two of 1
         [20.0, 10.0, 30.0]
     """
-    check_shapes(x_TD=(x_TD, "T D"), slot_TK=(plan.slot_TK, "T K"))
+    plan = check_plan(plan, x_TD=(x_TD, "T D"))
     check_floating(x_TD=x_TD)
-    check_same_device(x_TD=x_TD, plan=plan.slot_TK)
     if backend_for(x_TD) == "reference":
         return reference.permute(x_TD, plan)
     check_kernel_dtype("x_TD", x_TD)
+    refuse_transforms("permute", x_TD)
     return _permute(x_TD, plan.token_N, plan.slot_TK)

@@ -53,7 +53,7 @@ def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
     """
     size = check_shapes(expert_TK=(expert_TK, "T K"))
     check_integer(expert_TK=expert_TK)
-    check_num_experts(num_experts)
+    num_experts = check_num_experts(num_experts)
     if size["K"] < 1:
         raise ValueError(f"expert_TK: expected at least one expert per token, got shape {list(expert_TK.shape)}")
     if backend_for(expert_TK) == "reference":

@@ -11,7 +11,7 @@ from torch import Tensor
 from cumo_kernels import reference
 from cumo_kernels.backend import backend_for
 from cumo_kernels.checks import check_floating, check_one_of, check_segment, check_shapes, check_top_k
-from cumo_kernels.ops.common import check_kernel_dtype, refuse_double_backward
+from cumo_kernels.ops.common import check_kernel_dtype, refuse_double_backward, refuse_transforms
 from cumo_kernels.types import Routing
 
 PROBS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,7 +127,7 @@ def topk_gating(
     """
     size = check_shapes(logits_TE=(logits_TE, "T E"))
     check_floating(logits_TE=logits_TE)
-    check_top_k(top_k, size["E"])
+    top_k = check_top_k(top_k, size["E"])
     check_one_of("probs_dtype", probs_dtype, PROBS_DTYPES)
     tokens = check_segment(segment, size["T"])
     if backend_for(logits_TE) == "reference":
@@ -135,4 +135,5 @@ def topk_gating(
     check_kernel_dtype("logits_TE", logits_TE)
     if size["E"] > MAX_EXPERTS:
         raise ValueError(f"logits_TE: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}")
+    refuse_transforms("topk_gating", logits_TE)
     return Routing(*_topk_gating(logits_TE, top_k, tokens, normalize, probs_dtype)[:5])

@@ -27,20 +27,26 @@ def plan(device, expert_TK=None, num_experts=3):
     ck.plan_dispatch(zeros_TK if expert_TK is None else expert_TK, num_experts)
 
 
-def permute(device, x=(6, 8), dtype=torch.float32, x_device=None):
-    ck.permute(torch.zeros(x, dtype=dtype, device=x_device or device), random_plan(6, 2, 3, device))
+def changed_plan(device, changes):
+    """A plan of 6 tokens, 2 choices and 3 experts, with some of its fields changed."""
+    plan = random_plan(6, 2, 3, device)
+    return plan._replace(**{name: change(getattr(plan, name)) for name, change in (changes or {}).items()})
 
 
-def grouped_gemm(device, activation=None, **changes):
+def permute(device, x=(6, 8), dtype=torch.float32, x_device=None, plan=None):
+    ck.permute(torch.zeros(x, dtype=dtype, device=x_device or device), changed_plan(device, plan))
+
+
+def grouped_gemm(device, activation=None, plan=None, **changes):
     tensors = {"x_ND": torch.zeros(12, 8), "w_EFD": torch.zeros(3, 5, 8), "bias_EF": torch.zeros(3, 5)} | changes
     tensors = {name: t if t.is_meta else t.to(device) for name, t in tensors.items()}
-    ck.grouped_gemm(**tensors, plan=random_plan(6, 2, 3, device), activation=activation)
+    ck.grouped_gemm(**tensors, plan=changed_plan(device, plan), activation=activation)
 
 
-def combine(device, **changes):
+def combine(device, plan=None, **changes):
     tensors = {"y_NO": torch.zeros(12, 8), "weight_TK": torch.zeros(6, 2), "residual_TO": torch.zeros(6, 8)} | changes
     tensors = {name: t if t.is_meta else t.to(device) for name, t in tensors.items()}
-    ck.combine(**tensors, plan=random_plan(6, 2, 3, device))
+    ck.combine(**tensors, plan=changed_plan(device, plan))
 
 
 def moe_mlp(device, gated=False, activation="gelu", **changes):
@@ -53,6 +59,21 @@ def case(call, message, id, **arguments):
     """`message` starts with the name of the argument."""
     return pytest.param(call, arguments, message, id=f"{call.__name__}-{id}")
 
+
+# The kernels would take each of these for something else, most of them silently.
+PLAN_FAULTS = [
+    ("token_N: expected int32, got torch.int64", "plan-of-int64-tokens", torch.Tensor.long),
+    ("route_N: expected int32, got torch.int64", "plan-of-int64-routes", torch.Tensor.long),
+    ("slot_TK: expected int32, got torch.int64", "plan-of-int64-slots", torch.Tensor.long),
+    ("offset_E1: expected int32, got torch.float32", "plan-of-float-offsets", torch.Tensor.float),
+    ("route_N: expected shape [N] with N=", "plan-with-a-route-short", lambda t: t[1:]),
+    ("slot_TK: expected shape [T K], got [12]", "plan-with-flat-slots", torch.Tensor.flatten),
+    ("slot_TK: expected shape [T K] with ", "plan-with-a-choice-more", lambda t: t.repeat(1, 2)),
+    ("offset_E1: expected shape [E + 1] with E >= 1, got [1]", "plan-of-no-experts", lambda t: t[:1]),
+    ("route_N: expected int32, got NoneType", "plan-without-routes", lambda _: None),
+    ("slot_TK: expected device", "plan-with-slots-elsewhere", lambda t: t.to(META)),
+    ("offset_E1: expected device", "plan-with-offsets-elsewhere", lambda t: t.to(META)),
+]
 
 ON_EITHER_BACKEND = [
     case(gating, "logits_TE: expected shape [T E], got [4]", "one-dimension", logits_TE=torch.zeros(4)),
@@ -84,10 +105,16 @@ ON_EITHER_BACKEND = [
     case(plan, "num_experts: expected a positive integer, got 0", "no-experts", num_experts=0),
     case(plan, "num_experts: expected a positive integer, got True", "bool-experts", num_experts=True),
     case(plan, "num_experts: expected a positive integer, got 2.5", "float-experts", num_experts=2.5),
-    case(permute, "slot_TK: expected shape [T K] with T=7 as in x_TD, got [6, 2]", "plan-of-other-tokens", x=(7, 8)),
+    case(permute, "plan.slot_TK: expected shape [T K] with T=7 as in x_TD, got [6, 2]", "plan-of-other-tokens",
+         x=(7, 8)),
     case(permute, "x_TD: expected a floating-point dtype, got torch.int32", "integers", dtype=torch.int32),
-    case(permute, "plan: expected device meta as x_TD, got", "plan-elsewhere", x_device=META),
-    case(grouped_gemm, "token_N: expected shape [N] with N=13 as in x_ND, got [12]", "plan-of-other-rows",
+    case(permute, "plan.token_N: expected device meta as x_TD, got", "plan-elsewhere", x_device=META),
+    *(
+        case(call, f"plan.{message}", id, plan={message.partition(":")[0]: fault})
+        for call in (permute, grouped_gemm, combine)
+        for message, id, fault in PLAN_FAULTS
+    ),
+    case(grouped_gemm, "plan.token_N: expected shape [N] with N=13 as in x_ND, got [12]", "plan-of-other-rows",
          x_ND=torch.zeros(13, 8)),
     case(grouped_gemm, "w_EFD: expected shape [E F D] with D=8 as in x_ND, got [3, 5, 9]", "widths-differ",
          w_EFD=torch.zeros(3, 5, 9)),
@@ -99,10 +126,10 @@ ON_EITHER_BACKEND = [
          w_EFD=torch.zeros(3, 5, 8, dtype=torch.bfloat16)),
     case(grouped_gemm, "w_EFD: expected device", "weights-elsewhere", w_EFD=torch.zeros(3, 5, 8, device=META)),
     case(grouped_gemm, "activation: expected one of ['gelu', ", "unknown-activation", activation="swish"),
-    case(combine, "token_N: expected shape [N] with N=11 as in y_NO, got [12]", "plan-of-other-rows",
+    case(combine, "plan.token_N: expected shape [N] with N=11 as in y_NO, got [12]", "plan-of-other-rows",
          y_NO=torch.zeros(11, 8)),
-    case(combine, "slot_TK: expected shape [T K] with K=3 as in weight_TK, got [6, 2]", "more-weights-than-choices",
-         weight_TK=torch.zeros(6, 3)),
+    case(combine, "plan.slot_TK: expected shape [T K] with K=3 as in weight_TK, got [6, 2]",
+         "more-weights-than-choices", weight_TK=torch.zeros(6, 3)),
     case(combine, "residual_TO: expected shape [T O] with O=8 as in y_NO, got [6, 9]", "residual-of-another-width",
          residual_TO=torch.zeros(6, 9)),
     case(combine, "residual_TO: expected dtype torch.float32 as y_NO, got torch.float16", "residual-of-another-dtype",
@@ -114,6 +141,10 @@ ON_EITHER_BACKEND = [
          weight_TK=lambda t: t[1:]),
     case(moe_mlp, "expert_TK: expected shape [T K] with K=2 as in weight_TK, got [6, 1]", "a-choice-short",
          expert_TK=lambda t: t[:, 1:]),
+    case(moe_mlp, "expert_TK: expected K >= 1, got [6, 0]", "no-choices", weight_TK=lambda t: t[:, :0],
+         expert_TK=lambda t: t[:, :0]),
+    case(moe_mlp, "w1_EFD: expected E >= 1, got [0, 36, 20]", "no-experts",
+         **dict.fromkeys(["w1_EFD", "w2_EOF", "b1_EF", "b2_EO"], lambda t: t[:0])),
     case(moe_mlp, "w1_EFD: expected shape [E F1 D] with D=20 as in x_TD, got [3, 20, 36]", "w1-transposed",
          w1_EFD=lambda t: t.transpose(1, 2)),
     case(moe_mlp, "w2_EOF: expected shape [E O F] with E=3 as in w1_EFD, got [2, 17, 36]", "experts-differ",
@@ -184,6 +215,30 @@ def test_bad_argument_is_named(call, arguments, message, backend, device):
 @pytest.mark.parametrize(("call", "arguments", "message"), ON_THE_TRITON_BACKEND)
 def test_what_the_kernels_do_not_take_is_named(call, arguments, message, device):
     assert_refused("triton", call, arguments, message, device)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_plan_is_a_dispatch_plan(backend, device):
+    message = r"^plan: expected a DispatchPlan, got tuple"
+    with ck.use_backend(backend), pytest.raises(ValueError, match=message):
+        ck.permute(torch.zeros(6, 8, device=device), tuple(random_plan(6, 2, 3, device)))
+
+
+AUTOCAST_FAULTS = [
+    case(moe_mlp, "residual_TO: expected dtype torch.bfloat16 of autocast, got torch.float32", "residual"),
+    case(moe_mlp, "w2_EOF: expected dtype torch.float32 as x_TD, got torch.float64", "float64",
+         w2_EOF=torch.Tensor.double),
+    case(moe_mlp, "x_TD: expected a floating-point dtype, got torch.int64", "integers", x_TD=torch.Tensor.long),
+    case(grouped_gemm, "bias_EF: expected dtype torch.float32 as x_ND, got torch.float64", "float64",
+         bias_EF=torch.zeros(3, 5, dtype=torch.float64)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(("call", "arguments", "message"), AUTOCAST_FAULTS)
+def test_dtypes_under_autocast_are_those_of_the_caller(call, arguments, message, backend, device):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert_refused(backend, call, arguments, message, device)
 
 
 def test_good_arguments_are_not_refused(device):
