@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,6 +20,10 @@ PROBS_DTYPES = ("float32", "bfloat16", "float16")
 CONNECTORS = ("mlp2x_gelu", "linear")
 AUX_LOSSES = ("cumo", "switch")
 MAX_LAYERS = 10_000
+# What configurations of transformers call the number of experts, of which an instance may have several
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Language models that score experts by other functions than softmax, although they have a `router_aux_loss_coef`
+OTHER_SCORES = ("deepseek_v4", "flint", "laguna", "llama4_text", "minimax_m2", "minimax_m3_vl_text")
 # openai/clip-vit-large-patch14-336, built in so that no hub needs to be asked
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -189,8 +194,9 @@ class CuMoConfig(PreTrainedConfig):
         connector_num_experts: experts of the connector, for "mlp2x_gelu"; 1 for a dense one.
         connector_num_experts_per_tok: experts that each patch goes to.
         aux_loss: "cumo" or "switch"; see `cumo.nn.losses.routing_losses`.
-        balance_loss_coef: weight of every balance loss.
-        router_z_loss_coef: weight of every z-loss.
+        balance_loss_coef: weight of the balance losses of encoder and connector, and of Mixtral as language model, as
+            published. Other language models have that of their own configuration; see `router_loss_coefs`.
+        router_z_loss_coef: weight of the z-losses of the same.
         image_token_id: id of the placeholder, one for each feature of a picture; by default the id after the
             vocabulary, as it is never looked up in the embedding.
         tie_word_embeddings: taken from `text_config`, whatever is given.
@@ -209,6 +215,11 @@ class CuMoConfig(PreTrainedConfig):
 
     model_type = "cumo"
     sub_configs = {"vision_config": CuMoVisionConfig, "text_config": AutoConfig}
+    # Trainer gathers logits and labels for its metrics, and nothing that is no tensor [samples, ...]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "hidden_states", "attentions", "lm_loss", "vision_losses", "connector_losses", "text_losses",
+        "image_features", "vision_routings", "tiles_per_scale", "connector_routing", "text_routings",
+    ]  # fmt: skip
 
     vision_config: Any = None  # a CuMoVisionConfig once constructed
     text_config: Any = None  # a PreTrainedConfig once constructed
@@ -233,6 +244,10 @@ class CuMoConfig(PreTrainedConfig):
         _check_layers("text_config", self.text_config)
         check_one_of("connector_type", self.connector_type, CONNECTORS)
         check_one_of("aux_loss", self.aux_loss, AUX_LOSSES)
+        for name in ("balance_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         check_top_k(self.connector_num_experts_per_tok, self.connector_num_experts)
         if self.connector_type == "linear" and self.connector_num_experts > 1:
             raise ValueError("connector_num_experts: expected 1 for connector_type='linear', which has no experts")
@@ -242,6 +257,39 @@ class CuMoConfig(PreTrainedConfig):
             raise ValueError(f"image_token_id: expected an integer, got {self.image_token_id!r}")
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         super().__post_init__(**kwargs)
+
+    @property
+    def text_num_experts(self) -> int:
+        """Experts of each MoE layer of the language model; 1 if it is dense."""
+        return max(getattr(self.text_config, name, None) or 1 for name in EXPERT_COUNTS)
+
+    @property
+    def has_text_router_losses(self) -> bool:
+        """Whether the language model has a balance loss and a z-loss.
+
+        It has, if its routers choose by softmax and its configuration has a `router_aux_loss_coef`, which is how
+        transformers tells it of families that are trained with such a loss. Those that choose by sigmoid (DeepSeek-V3,
+        GLM-4-MoE, ...) are balanced by a bias of their routers instead.
+        """
+        text = self.text_config
+        return (
+            hasattr(text, "output_router_logits")
+            and hasattr(text, "router_aux_loss_coef")
+            and text.model_type not in OTHER_SCORES
+        )
+
+    def router_loss_coefs(self, part: str) -> tuple[float, float]:
+        """Weights of the balance loss and of the z-loss of a part.
+
+        Args:
+            part: "vision", "connector" or "text". Of "text", Mixtral has those of this configuration, as published;
+                other language models have `router_aux_loss_coef` and, if there is one, `router_z_loss_coef` of
+                `text_config`.
+        """
+        text = self.text_config
+        if part != "text" or text.model_type == "mixtral":
+            return self.balance_loss_coef, self.router_z_loss_coef
+        return getattr(text, "router_aux_loss_coef", 0.0), getattr(text, "router_z_loss_coef", 0.0)
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> CuMoConfig:

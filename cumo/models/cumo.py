@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,21 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
+from transformers.utils.generic import ModelOutput, can_return_tuple
 
 import cumo_kernels as ck
 from cumo.config import CuMoConfig
 from cumo.models.connector import CuMoConnector
 from cumo.models.experts import NAME as EXPERTS
 from cumo.models.loading import LoadsBothLayouts
+from cumo.models.placeholders import (
+    PICTURES,
+    fill_placeholders,
+    find_placeholders,
+    pictures_per_row,
+    repeat_pictures,
+)
+from cumo.models.prompts import IGNORE_INDEX
 from cumo.models.vision import CuMoVisionModel, CuMoVisionPreTrainedModel
 from cumo.nn.losses import AuxLosses, routing_losses
 from cumo_kernels import Routing
@@ -27,7 +36,7 @@ class CuMoOutput(ModelOutput):
     """What `CuMoForConditionalGeneration` returns; parts of the loss are unweighted, None where there are none."""
 
     loss: Tensor | None = None
-    """lm_loss + balance_loss_coef * (all balance losses) + router_z_loss_coef * (all z-losses)."""
+    """lm_loss + the balance losses and z-losses, weighted as of `CuMoConfig.router_loss_coefs`."""
     logits: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -64,6 +73,9 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
     Args:
         config: of all three.
 
+    Raises:
+        ValueError: the language model takes no `past_key_values`, as Mamba.
+
     Examples:
         >>> import torch
         >>> from cumo import CuMoConfig, CuMoForConditionalGeneration
@@ -89,6 +101,8 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # The loss is a mean over the tokens, pictures and positions of a pass: Trainer divides it by the passes of a step.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: CuMoConfig) -> None:
         super().__init__(config)
@@ -97,6 +111,11 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         # experts of the language model run on our kernels, unless others are asked for
         experts = getattr(config.text_config, "_experts_implementation", None) or EXPERTS
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, experts_implementation=experts)
+        if "past_key_values" not in inspect.signature(self.language_model.forward).parameters:
+            raise ValueError(
+                "text_config: expected a language model that takes past_key_values, got "
+                f"{config.text_config.model_type}, which does not"
+            )
         self.post_init()
 
     @torch.no_grad()
@@ -105,16 +124,20 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         CuMoVisionPreTrainedModel.init_layer(module, getattr(self.config.text_config, "initializer_range", 0.02))
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the language model."""
+        """The token embedding of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Those of the language model."""
+        """Replace the token embedding of the language model."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Those of the language model."""
+        """The output layer of the language model."""
         return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the output layer of the language model, as `resize_token_embeddings` does."""
+        self.language_model.set_output_embeddings(new_embeddings)
 
     def get_image_features(self, pixel_values: Tensor, pixel_values_large: Any = None) -> ImageFeatures:
         """Pictures [images, 3, H, H] -> embeddings [images, patches, LLM width] and the routers' losses."""
@@ -139,19 +162,70 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             ValueError: image tokens and features do not match.
         """
         is_image = torch.eq(input_ids, self.config.image_token_id)
-        embeddings = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if features is None:
-            if not torch.compiler.is_compiling() and bool(is_image.any()):
-                raise ValueError("pixel_values: input_ids hold image tokens, but no pictures were given")
-            return embeddings
-        if not torch.compiler.is_compiling() and int(is_image.sum()) != features.shape[0] * features.shape[1]:
-            counts = is_image.sum(dim=1).tolist()
-            raise ValueError(
-                f"input_ids: expected {features.shape[1]} image tokens for each of {features.shape[0]} pictures, got "
-                f"{sum(counts)}, by sample {counts}"
-            )
-        return embeddings.masked_scatter(is_image.unsqueeze(-1), features.to(embeddings.dtype))
+        return fill_placeholders(self.get_input_embeddings()(input_ids.masked_fill(is_image, 0)), is_image, features)
 
+    def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Mask [B, L] of the placeholders, by id or, where the image token has one, by embedding."""
+        if inputs_embeds is not None:
+            return find_placeholders(inputs_embeds, self.get_input_embeddings(), self.config.image_token_id)
+        assert input_ids is not None
+        return torch.eq(input_ids, self.config.image_token_id)
+
+    def _inputs_embeds(self, input_ids: Tensor | None, embeddings: Tensor | None, features: Tensor | None) -> Tensor:
+        """Embeddings [B, L, D] of a prompt with pictures, of its ids or of the embeddings of its tokens."""
+        if input_ids is not None:
+            return self.embed(input_ids, features)
+        assert embeddings is not None
+        if features is None:
+            return embeddings
+        return fill_placeholders(embeddings, self._is_image(None, embeddings), features)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """As in transformers; the pictures of a sample, of which there may be none or several, stay together."""
+        pictures = {name: model_kwargs.pop(name) for name in PICTURES if name in model_kwargs}
+        if expand_size > 1 and pictures.get("pixel_values") is not None:
+            is_image = self._is_image(input_ids, model_kwargs.get("inputs_embeds"))
+            counts = pictures_per_row(is_image, self.config.vision_config.num_patches)
+            pictures = {name: repeat_pictures(pixels, counts, expand_size) for name, pixels in pictures.items()}
+        transformers: Any = super()
+        input_ids, model_kwargs = transformers._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | pictures
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; a model that assists another (`assistant_model`) sees the pictures too."""
+        if not is_first_iteration and past_key_values is not None and kwargs.get("pixel_values") is not None:
+            # No pass of an assistant is the first to transformers, not even that into an empty cache.
+            is_first_iteration = not past_key_values.is_compileable and past_key_values.get_seq_length() == 0
+        transformers: Any = super()
+        inputs: dict[str, Any] = transformers.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        return inputs
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -173,27 +247,29 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
             pixel_values: [images, 3, H, H], of all samples one after the other; None if there are none.
             pixel_values_large: the pictures at the larger scales, if the encoder wants them.
             attention_mask: [B, L], 0 for padding; or ready masks, as generation with a static cache makes them.
-            inputs_embeds: [B, L, D], in place of `input_ids`; then without pictures.
-            labels: [B, L], -100 where nothing is to be learnt.
+            inputs_embeds: [B, L, D], in place of `input_ids`. With `pixel_values` too, the positions that hold the
+                embedding of the image token are placeholders; it has one if the vocabulary was resized for it.
+            labels: [B, L], -100 where nothing is to be learnt. Image tokens are never learnt, so that a copy of
+                `input_ids` will do.
             logits_to_keep: compute logits of the last so many positions only (0: all).
+            kwargs: `return_dict=False` gives a tuple; the language model takes the others.
 
         Raises:
-            ValueError: image tokens and pictures do not match, or not exactly one of ids and embeddings came.
+            ValueError: image tokens and pictures do not match, or not exactly one of `input_ids` and `inputs_embeds`
+                was given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
         image = ImageFeatures() if pixel_values is None else self.get_image_features(pixel_values, pixel_values_large)
         # before the token embeddings, as pictures are: sharded parameters are gathered in the same order everywhere
         taking_part = self._take_part() if pixel_values is None and labels is not None and _has_peers() else None
-        if input_ids is not None:
-            inputs_embeds = self.embed(input_ids, image.embeddings)
-        assert inputs_embeds is not None
+        inputs_embeds = self._inputs_embeds(input_ids, inputs_embeds, image.embeddings)
         if taking_part is not None:
             inputs_embeds = inputs_embeds + 0.0 * taking_part
         if isinstance(attention_mask, Tensor) and attention_mask.shape == inputs_embeds.shape[:2]:
             # as published: padding is zeros, which the routers of the language model see
             inputs_embeds = inputs_embeds * attention_mask.unsqueeze(-1).to(inputs_embeds.dtype)
-        wants_text_losses = labels is not None and hasattr(self.config.text_config, "output_router_logits")
+        wants_text_losses = labels is not None and self.config.has_text_router_losses
         if wants_text_losses:
             kwargs["output_router_logits"] = True
         outputs = self.language_model(
@@ -208,13 +284,14 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         text_losses = routing_losses(text_routings, [1], self.config.aux_loss) if text_routings else None
         lm_loss = None
         if labels is not None:
-            lm_loss = self.language_model.loss_function(outputs.logits, labels, self.config.text_config.vocab_size)
+            labels = labels.masked_fill(labels == self.config.image_token_id, IGNORE_INDEX)
+            lm_loss = self.language_model.loss_function(outputs.logits, labels, outputs.logits.shape[-1])
         return CuMoOutput(
             loss=self._total(lm_loss, image.vision_losses, image.connector_losses, text_losses),
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),
             lm_loss=lm_loss,
             vision_losses=image.vision_losses,
             connector_losses=image.connector_losses,
@@ -257,13 +334,13 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         return tuple(ck.topk_gating(layer, top_k) for layer in logits)
 
     def _total(self, lm_loss: Tensor | None, *parts: AuxLosses | None) -> Tensor | None:
-        """All losses, weighted."""
+        """All losses, weighted; `parts` are those of encoder, connector and language model."""
         if lm_loss is None:
             return None
-        for part in parts:
-            if part is not None:
-                lm_loss = lm_loss + self.config.balance_loss_coef * part.balance
-                lm_loss = lm_loss + self.config.router_z_loss_coef * part.z
+        for name, losses in zip(("vision", "connector", "text"), parts, strict=True):
+            if losses is not None:
+                balance_coef, z_coef = self.config.router_loss_coefs(name)
+                lm_loss = lm_loss + balance_coef * losses.balance + z_coef * losses.z
         return lm_loss
 
 
@@ -281,4 +358,5 @@ def _has_peers() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+# Not with AutoModel, which gives models without a head: CuMo has none, and the folders written for vLLM name their own.
 AutoModelForImageTextToText.register(CuMoConfig, CuMoForConditionalGeneration, exist_ok=True)

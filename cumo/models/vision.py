@@ -202,7 +202,8 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
             pixel_values_large: with `config.high_resolution`, the pictures at each further scale s, [B, 3, s H, s H].
 
         Raises:
-            ValueError: sizes do not fit.
+            ValueError: `pixel_values` or `pixel_values_large` has another shape, or the latter is given or missing
+                against `config.high_resolution`.
         """
         images = self._images_by_scale(pixel_values, pixel_values_large)
         tiles = [split_tiles(image, scale) for image, scale in zip(images, self.config.scales, strict=True)]
@@ -216,17 +217,27 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
     def _images_by_scale(self, pixels: Tensor, larger: Sequence[Tensor] | None) -> list[Tensor]:
         """The pictures at each scale: given, or enlarged from the smallest."""
         size, scales = self.config.encoder_config.image_size, self.config.scales
-        if pixels.shape[-2:] != (size, size):
-            raise ValueError(f"pixel_values: expected pictures of {size} x {size} pixels, got {[*pixels.shape]}")
+        channels = self.config.encoder_config.num_channels
+        if pixels.shape[1:] != (channels, size, size):
+            raise ValueError(
+                f"pixel_values: expected pictures of {size} x {size} pixels as [images, {channels}, {size}, {size}], "
+                f"got {[*pixels.shape]}"
+            )
         if not self.config.high_resolution:
             if larger is not None:
                 raise ValueError("pixel_values_large: expected None, since config.high_resolution is off")
             return [resize(pixels, size * scale) for scale in scales]
-        expected = [[len(pixels), 3, size * scale, size * scale] for scale in scales[1:]]
-        actual = [[*image.shape] for image in larger or ()]
+        if isinstance(larger, Tensor):
+            raise ValueError(
+                f"pixel_values_large: expected a list with a tensor for each of the scales {scales[1:]}, got a tensor "
+                f"{[*larger.shape]}"
+            )
+        larger = [] if larger is None else [*larger]
+        expected = [[len(pixels), channels, size * scale, size * scale] for scale in scales[1:]]
+        actual = [[*image.shape] for image in larger]
         if actual != expected:
             raise ValueError(f"pixel_values_large: expected shapes {expected} for scales {scales}, got {actual}")
-        return [pixels, *(larger or ())]
+        return [pixels, *larger]
 
 
 AutoModel.register(CuMoVisionConfig, CuMoVisionModel, exist_ok=True)

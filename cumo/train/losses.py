@@ -4,9 +4,10 @@
 A step of the optimizer sees one global batch. Its loss is
 
     mean over all trained tokens of the cross-entropy
-    + balance_loss_coef * (vision + connector + language model balance loss)
-    + router_z_loss_coef * (their z-losses),
+    + balance_loss_coef * (vision + connector balance loss) + that of the language model
+    + router_z_loss_coef * (their z-losses) + that of the language model
 
+with the coefficients of `CuMoConfig.router_loss_coefs`,
 where the losses of encoder and connector are means over all pictures, and those of the language model over all
 positions. Each pass contributes its own means times its share of the trained tokens, pictures and positions, so that
 the contributions add up to this loss, and a step comes out the same however it is divided. Two things cannot be
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from cumo.config import CuMoConfig
 from cumo.models.prompts import IGNORE_INDEX
 
 BALANCE, Z = "balance", "z"
@@ -86,10 +88,14 @@ def contributions(output: Any, of_pass: Counts, of_step: Counts) -> dict[str, Te
     return parts
 
 
-def weighted(parts: Mapping[str, Any], balance_coef: float, z_coef: float) -> Any:
-    """The loss: the sum of its parts, each with its coefficient."""
-    coefficients = {BALANCE: balance_coef, Z: z_coef}
-    return sum(value * coefficients.get(name.rpartition("_")[2], 1.0) for name, value in parts.items())
+def weighted(parts: Mapping[str, Any], config: CuMoConfig) -> Any:
+    """The loss: the sum of its parts, each with its coefficient of `config.router_loss_coefs`."""
+    coefficients = {
+        f"{module}_{kind}": coefficient
+        for module in ROUTED
+        for kind, coefficient in zip((BALANCE, Z), config.router_loss_coefs(module), strict=True)
+    }
+    return sum(value * coefficients.get(name, 1.0) for name, value in parts.items())
 
 
 class NonFiniteError(ValueError):

@@ -30,6 +30,7 @@ class Meter:
     """
 
     def __init__(self, config: CuMoConfig, device: torch.device) -> None:
+        self.config = config
         self.scales = list(config.vision_config.scales)
         self.sums: dict[str, Tensor] = {
             name: torch.zeros((), dtype=torch.float64, device=device) for name in (*PARTS, *SUMS)
@@ -39,7 +40,7 @@ class Meter:
         sizes = {
             "vision": (layers, len(self.scales), vision.num_experts),
             "connector": (1, 1, config.connector_num_experts),
-            "text": (text.num_hidden_layers, 1, getattr(text, "num_local_experts", None) or 1),
+            "text": (text.num_hidden_layers, 1, config.text_num_experts if config.has_text_router_losses else 1),
         }
         self.top_k = {
             "vision": vision.num_experts_per_tok,
@@ -89,9 +90,11 @@ class Meter:
             chosen = expert_LTK[:, rows].flatten(1)
             counts = torch.zeros(len(layers), experts, device=chosen.device)
             counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))
-            self.sums[f"{module}/load"][:, group] += counts
-            self.sums[f"{module}/probs"][:, group] += probs_LSE[:, begin : begin + segments].sum(dim=1) * per_segment
-            self.sums[f"{module}/choice"][:, group] += entropy_LT[:, rows].sum(dim=1)
+            self.sums[f"{module}/load"][: len(layers), group] += counts
+            self.sums[f"{module}/probs"][: len(layers), group] += (
+                probs_LSE[:, begin : begin + segments].sum(dim=1) * per_segment
+            )
+            self.sums[f"{module}/choice"][: len(layers), group] += entropy_LT[:, rows].sum(dim=1)
             begin += segments
 
     def gather(self) -> None:
@@ -106,12 +109,11 @@ class Meter:
         for (name, value), piece in zip(list(self.sums.items()), pieces, strict=True):
             self.sums[name] = piece.view(value.shape).clone()
 
-    def report(self, processes: int, balance_coef: float, z_coef: float) -> dict[str, Any]:
+    def report(self, processes: int) -> dict[str, Any]:
         """What the log says, by the first process after `gather`; and begin anew.
 
         Args:
             processes: how many `add_step` counted each step.
-            balance_coef, z_coef: of the loss.
 
         Returns:
             `images` and `tokens`; `loss`, its mean over the steps; the mean of each part of it, those of encoder and
@@ -123,7 +125,7 @@ class Meter:
             value.zero_()
         steps, image_steps = (round(float(sums[name]) / processes) for name in ("steps", "image_steps"))
         parts = {name: float(sums[name]) for name in PARTS if name == "lm_loss" or name.split("_")[0] in self.sizes}
-        record: dict[str, Any] = {"loss": weighted(parts, balance_coef, z_coef) / max(steps, 1)}
+        record: dict[str, Any] = {"loss": weighted(parts, self.config) / max(steps, 1)}
         for name, part in parts.items():
             over = image_steps if name.startswith(PICTURED) else steps
             if over:
@@ -135,6 +137,8 @@ class Meter:
             load, probs, choice = (sums[f"{module}/{name}"] for name in ("load", "probs", "choice"))
             if not load.sum():
                 continue  # no pictures since the last line
+            layers = int(load.flatten(1).sum(dim=1).count_nonzero())  # of a decoder, some layers may be dense
+            load, probs, choice = load[:layers], probs[:layers], choice[:layers]
             total = load.sum(dim=-1, keepdim=True).clamp(min=1)
             mean = probs / probs.sum(dim=-1, keepdim=True).clamp(min=1e-30)
             entropy = torch.special.entr(mean).sum(dim=-1) / _log_or_one(experts)

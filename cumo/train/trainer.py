@@ -115,8 +115,7 @@ class CuMoTrainer(Trainer):
         parts = contributions(output, of_pass, self._step_counts)
         check_finite(parts, self.state.global_step + 1, lambda: self._places(rows))
         self.meter.add(parts, output, of_pass)
-        config = self.cumo_config
-        loss = weighted(parts, config.balance_loss_coef, config.router_z_loss_coef) * self.accelerator.num_processes
+        loss = weighted(parts, self.cumo_config) * self.accelerator.num_processes
         if not loss.requires_grad:  # text alone, and only what pictures go through trains
             loss = loss + 0.0 * next(p for p in model.parameters() if p.requires_grad).sum()
         return (loss, output) if return_outputs else loss
@@ -179,8 +178,8 @@ class CuMoTrainer(Trainer):
 
     def record(self) -> dict[str, Any]:
         """A line of the log, as a dictionary; begins a new window."""
-        config, step = self.cumo_config, self.state.global_step
-        record = self.meter.report(self.accelerator.num_processes, config.balance_loss_coef, config.router_z_loss_coef)
+        step = self.state.global_step
+        record = self.meter.report(self.accelerator.num_processes)
         seconds = max(time.perf_counter() - self.window_began, 1e-9)
         tokens, images = record.pop("tokens"), record.pop("images")
         return {

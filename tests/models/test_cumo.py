@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.experts import execution_paths
-from tests.models.tiny import IMAGE, PATCHES, tiny_model
+from tests.models.tiny import IMAGE, PATCHES, tiny_config, tiny_model
 from tests.numerics import relative_error
 
 
@@ -145,6 +145,53 @@ def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     assert again.config.image_token_id == model.config.image_token_id
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+
+
+@pytest.mark.parametrize(("text", "coefficients"), [({}, (0.001, 0.0)), ({"router_aux_loss_coef": 0.3}, (0.3, 0.0))])
+def test_experts_of_other_families_have_the_coefficient_of_their_own_configuration(text, coefficients):
+    model = tiny_model(text_type="qwen3_moe", text={**ROUTED, **text})
+    ids = torch.tensor([[1, 7, 8, 9]])
+    output = model(input_ids=ids, labels=ids)
+    assert model.config.router_loss_coefs("text") == coefficients
+    assert model.config.router_loss_coefs("vision") == (0.1, 0.01)
+    torch.testing.assert_close(output.loss, output.lm_loss + coefficients[0] * output.text_losses.balance)
+    assert output.text_losses.balance.requires_grad
+
+
+SIGMOID = {
+    **ROUTED,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "minimax_m2"])
+def test_routers_that_choose_by_sigmoid_have_no_losses_of_a_softmax(family):
+    model = tiny_model(text_type=family, text={**SIGMOID, "first_k_dense_replace": 0, "head_dim": 8})
+    ids = torch.tensor([[1, 7, 8, 9]])
+    output = model(input_ids=ids, labels=ids)
+    assert output.text_losses is None and output.text_routings is None
+    assert torch.equal(output.loss, output.lm_loss)
+
+
+def test_a_language_model_without_a_cache_of_keys_and_values_is_refused():
+    with pytest.raises(
+        ValueError, match="text_config: expected a language model that takes past_key_values, got mamba"
+    ):
+        tiny_model(text_type="mamba", text={"state_size": 4})
+
+
+@pytest.mark.parametrize("name", ["balance_loss_coef", "router_z_loss_coef"])
+@pytest.mark.parametrize("value", [-1, float("nan"), "0.1", True, None])
+def test_weights_of_losses_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number >= 0, got"):
+        tiny_config(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from cumo.nn.losses import AuxLosses
 from cumo.train.losses import PARTS, Counts, NonFiniteError, check_finite, contributions, count, count_step, weighted
+from tests.models.tiny import tiny_config
 
 
 def batch(labels, mask=None, images=0):
@@ -48,7 +49,10 @@ def test_contributions_add_up_to_the_means():
         f"{module}_{kind}": value for module in ("vision", "connector", "text") for kind, value in
         (("balance", 4.0), ("z", 8.0))
     }  # fmt: skip
-    assert weighted(total, 0.1, 0.01) == pytest.approx(7 + 3 * (0.4 + 0.08))
+    config = tiny_config(text_type="mixtral")
+    assert weighted(total, config) == pytest.approx(7 + 3 * (0.4 + 0.08))
+    other = tiny_config(text_type="qwen2_moe", text={"router_aux_loss_coef": 0.5})
+    assert weighted(total, other) == pytest.approx(7 + 2 * (0.4 + 0.08) + 0.5 * 4)
 
 
 def test_a_pass_without_pictures_contributes_no_loss_of_the_encoder():

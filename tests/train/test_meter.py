@@ -45,7 +45,7 @@ def shares(experts, number):
 
 def test_loads_by_layer_and_scale(model):
     meter, outputs = meter_of(model, batch(), batch())
-    record = meter.report(1, 0.1, 0.01)
+    record = meter.report(1)
     segment = PATCHES + 1  # with the class token
     for layer in (0, 1):
         experts = [output.vision_routings[layer].expert_TK for output in outputs]
@@ -60,7 +60,7 @@ def test_loads_by_layer_and_scale(model):
 
 def test_entropies(model):
     meter, (output,) = meter_of(model, batch())
-    record = meter.report(1, 0.1, 0.01)
+    record = meter.report(1)
     routing = output.connector_routing
     mean = routing.mean_probs_SE.mean(dim=0).double()
     expected = -(mean * mean.log()).sum() / math.log(4)
@@ -72,7 +72,7 @@ def test_entropies(model):
 
 def test_means_over_steps_and_over_those_with_pictures(model):
     meter, outputs = meter_of(model, batch(), batch(images=0), batch())
-    record = meter.report(1, 0.1, 0.01)
+    record = meter.report(1)
     with_pictures = [outputs[0], outputs[2]]
     assert record["lm_loss"] == pytest.approx(sum(float(output.lm_loss) for output in outputs) / 3)
     assert record["loss"] == pytest.approx(sum(float(output.loss) for output in outputs) / 3)
@@ -83,11 +83,23 @@ def test_means_over_steps_and_over_those_with_pictures(model):
 
 def test_a_window_without_pictures(model):
     meter, _ = meter_of(model, batch(images=0))
-    record = meter.report(1, 0.1, 0.01)
+    record = meter.report(1)
     assert set(record["expert_load"]) == {"text"} and not any(name.startswith("vision") for name in record)
     meter, _ = meter_of(model, batch())
-    meter.report(1, 0.1, 0.01)
-    assert meter.report(1, 0.1, 0.01)["expert_load"] == {}, "a report begins anew"
+    meter.report(1)
+    assert meter.report(1)["expert_load"] == {}, "a report begins anew"
+
+
+@pytest.mark.parametrize(("family", "sparse"), [("qwen2_moe", 2), ("ernie4_5_moe", 1)])
+def test_language_models_with_other_names_for_their_experts(family, sparse):
+    text = {"num_experts": 3, "num_experts_per_tok": 2, "moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 16}
+    model = tiny_model(text_type=family, text={**text, "shared_expert_intermediate_size": 16})
+    meter, (output,) = meter_of(model, batch())
+    record = meter.report(1)
+    assert len(output.text_routings) == sparse, "the other layer of Ernie is dense"
+    loads = {str(i): shares(routing.expert_TK, 3) for i, routing in enumerate(output.text_routings)}
+    assert record["expert_load"]["text"] == {layer: pytest.approx(load) for layer, load in loads.items()}
+    assert record["loss"] == pytest.approx(float(output.loss))
 
 
 def test_saved_and_loaded(model):
@@ -99,7 +111,7 @@ def test_saved_and_loaded(model):
     second.sums = {name: value + first.state_dict()[name] for name, value in second.sums.items()}
     third = Meter(model.config, torch.device("cpu"))
     third.load_state_dict(second.state_dict())
-    assert third.report(1, 0.1, 0.01) == whole.report(1, 0.1, 0.01)
+    assert third.report(1) == whole.report(1)
 
 
 def test_flat():
