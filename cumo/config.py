@@ -24,6 +24,7 @@ MAX_LAYERS = 10_000
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Language models that score experts by other functions than softmax, although they have a `router_aux_loss_coef`
 OTHER_SCORES = ("deepseek_v4", "flint", "laguna", "llama4_text", "minimax_m2", "minimax_m3_vl_text")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # openai/clip-vit-large-patch14-336, built in so that no hub needs to be asked
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -125,6 +126,7 @@ class CuMoVisionConfig(PreTrainedConfig):
     """
 
     model_type = "cumo_vision"
+    base_config_key = "vision_config"
     sub_configs = {"encoder_config": AutoConfig}
 
     encoder_config: Any = None  # a PreTrainedConfig once constructed
@@ -156,6 +158,17 @@ class CuMoVisionConfig(PreTrainedConfig):
         if not -layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer: expected -{layers}..-1 for {layers} blocks, got {self.feature_layer}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; of a whole model of either layout, the configuration of its encoder."""
+        with reading(pretrained_model_name_or_path, "the configuration of a model"):
+            config_dict, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not is_published(config_dict):
+                return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        whole = CuMoConfig.from_pretrained(pretrained_model_name_or_path, **options)
+        return cls.from_dict(whole.vision_config.to_dict(), **kwargs)
 
     @property
     def router_probs_dtype(self) -> torch.dtype:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from cumo.config import CuMoConfig
+from cumo.config import HUB_OPTIONS, CuMoConfig
 from cumo.models.cumo import CuMoForConditionalGeneration
-from cumo.models.loading import HUB_OPTIONS
 from cumo.models.processor import CuMoProcessor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

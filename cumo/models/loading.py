@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,17 +14,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
-from cumo.checkpoints.files import INDEX_SUFFIX, WEIGHT_FILES, read_index, reading
+from cumo.checkpoints.files import INDEX_SUFFIX, WEIGHT_FILES, open_folder, read_index, reading
 from cumo.checkpoints.lora import is_adapter, open_adapter
 from cumo.checkpoints.published import native_name
 from cumo.checkpoints.published_config import is_published
 from cumo.checkpoints.published_folder import open_published
-from cumo.config import CuMoConfig
+from cumo.config import HUB_OPTIONS, CuMoConfig
 
 ADAPTER = "adapter"
 NUMBERS_PER_BYTE = 4  # two where weights of four bits are packed, and some room
 SMALL = 100_000_000  # numbers that fit anywhere
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # What of a repository a model is made of
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 
@@ -35,20 +34,35 @@ def _stacked(source: str, target: str) -> WeightConverter:
 
 # Experts apart -> stacked. Used while loading the published layout; no name of our own layout matches. Each pattern
 # names the tensor to its end, since a weight's name is the beginning of its bias's.
-register_checkpoint_conversion_mapping(
-    "CuMoForConditionalGeneration",
-    [
-        _stacked(f"{module}.experts.*.{layer}.{kind}", f"{module}.{projection}{suffix}")
-        for module, layers in (("mlp", ("fc1", "fc2")), ("connector.projection", ("0", "2")))
-        for layer, projection in zip(layers, ("up_proj", "down_proj"), strict=True)
-        for kind, suffix in (("weight", ""), ("bias", "_bias"))
-    ],
-    overwrite=True,
-)
+_ENCODER: list[Any] = [
+    _stacked(f"mlp.experts.*.{layer}.{kind}", f"mlp.{projection}{suffix}")
+    for layer, projection in (("fc1", "up_proj"), ("fc2", "down_proj"))
+    for kind, suffix in (("weight", ""), ("bias", "_bias"))
+]
+_CONNECTOR: list[Any] = [
+    _stacked(f"connector.projection.experts.*.{layer}.{kind}", f"connector.projection.{projection}{suffix}")
+    for layer, projection in (("0", "up_proj"), ("2", "down_proj"))
+    for kind, suffix in (("weight", ""), ("bias", "_bias"))
+]
+register_checkpoint_conversion_mapping("CuMoForConditionalGeneration", [*_ENCODER, *_CONNECTOR], overwrite=True)
+register_checkpoint_conversion_mapping("CuMoVisionModel", _ENCODER, overwrite=True)
+
+
+class _Source(NamedTuple):
+    """Where a model is loaded from."""
+
+    layout: str
+    tensors: dict[str, Any] | None
+    """By our names, where transformers cannot read them itself."""
+    folder: Path | None
+    """Of the hub's repository, where it was downloaded."""
 
 
 class LoadsBothLayouts(PreTrainedModel):
     """A model whose `from_pretrained` reads the published layout too, and never initialises what is missing."""
+
+    _part: ClassVar[str] = ""
+    """What the names of its tensors begin with in the whole model."""
 
     @classmethod
     def from_pretrained(
@@ -64,7 +78,8 @@ class LoadsBothLayouts(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: folder or name on the hub, of this package's layout or the published one:
-                whole models, first stages (`clip.bin`, `mm_projector.bin`), LoRA adapters (merged while loading).
+                whole models, first stages (`clip.bin`, `mm_projector.bin`), LoRA adapters (merged while loading). An
+                encoder takes its part of a whole model.
             config: in place of that of the folder.
             model_base: the model that a published adapter or first stage builds on; for an adapter of this package, in
                 place of the one that it names.
@@ -75,50 +90,40 @@ class LoadsBothLayouts(PreTrainedModel):
                 absent or damaged.
         """
         name = pretrained_model_name_or_path
-        layout = CuMoConfig.model_type
-        options: dict[str, Any] = {}
+        config_class: Any = cls.config_class
+        source = _Source(CuMoConfig.model_type, None, None)
         if name is not None:
             hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            with reading(name, "the configuration of a model"):
-                raw, _ = CuMoConfig.get_config_dict(name, **hub)
-            folder = Path(name)
-            if is_published(raw):
-                layout = raw["model_type"]
-                folder = _local(name, hub)
-                config, options = _published_arguments(folder, config, model_base)
-            elif is_adapter(folder):
-                layout = ADAPTER
-                config = CuMoConfig.from_pretrained(folder) if config is None else config
-                options = {"state_dict": dict(open_adapter(folder, None if model_base is None else Path(model_base)))}
-            if options:
-                kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS}
-                name = None
+            source = _find(name, hub, model_base, bool(cls._part))
         tolerant = kwargs.pop("ignore_mismatched_sizes", False)
-        if name is None or os.path.isdir(name):
-            tensors = options.get("state_dict", {})
-            stored = sum(tensor.nbytes for tensor in tensors.values()) if name is None else _weight_bytes(Path(name))
-            if stored and not (tolerant or output_loading_info):
-                _check_size(cls, config or CuMoConfig.from_pretrained(name), stored, pretrained_model_name_or_path)
-        with reading(pretrained_model_name_or_path, "a checkpoint of CuMo"):
+        if source.tensors is not None:
+            tensors = {
+                key.removeprefix(cls._part): tensor
+                for key, tensor in source.tensors.items()
+                if key.startswith(cls._part)
+            }
+            kwargs = {key: value for key, value in kwargs.items() if key not in HUB_OPTIONS} | {"state_dict": tensors}
+            config = config_class.from_pretrained(source.folder) if config is None else config
+            stored = sum(tensor.nbytes for tensor in tensors.values())
+        else:
+            stored = _weight_bytes(Path(name)) if name is not None and os.path.isdir(name) else 0
+        if stored and not (tolerant or output_loading_info):
+            _check_size(cls, config or config_class.from_pretrained(name), stored, name)
+        with reading(name, "a checkpoint of CuMo"):
             loaded: Any = super().from_pretrained(
-                name,
+                None if source.tensors is not None else name,
                 *model_args,
                 config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **options,
                 **kwargs,
             )
         model, info = loaded
-        if layout != CuMoConfig.model_type:
-            model._weight_conversions = []  # what is saved is of our layout
-            model.config.name_or_path = str(pretrained_model_name_or_path)
-            if (folder / "generation_config.json").is_file():
-                with reading(folder / "generation_config.json", "a generation configuration"):
-                    model.generation_config = GenerationConfig.from_pretrained(folder)
+        if source.folder is not None:
+            _tell_source(model, str(name), source.folder)
         if output_loading_info:
             return model, info
-        _check(info, layout, str(pretrained_model_name_or_path), tolerant)
+        _check(info, source.layout, str(name), tolerant)
         return model
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -127,20 +132,38 @@ class LoadsBothLayouts(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
 
+def _find(name: str | os.PathLike[str], hub: dict[str, Any], base: Any, part: bool) -> _Source:
+    """What lies in a folder or repository, of which all or a part is wanted; tensors are read as they are used."""
+    with reading(name, "the configuration of a model"):
+        raw, _ = CuMoConfig.get_config_dict(name, **hub)
+    folder, base = Path(name), None if base is None else Path(base)
+    if is_published(raw):
+        folder = _local(name, hub)
+        published = open_published(folder, base)
+        tensors = {native_name(key): published.tensors[key] for key in published.tensors}
+        return _Source(raw["model_type"], tensors, folder)
+    if is_adapter(folder):
+        return _Source(ADAPTER, dict(open_adapter(folder, base)), folder)
+    if part and raw.get("model_type") == CuMoConfig.model_type:
+        folder = _local(name, hub)
+        return _Source(CuMoConfig.model_type, dict(open_folder(folder)), folder)
+    return _Source(CuMoConfig.model_type, None, None)
+
+
+def _tell_source(model: Any, name: str, folder: Path) -> None:
+    """Let a model that was loaded from ready tensors look like one that transformers has read."""
+    model._weight_conversions = []  # what is saved is of our layout
+    model.config.name_or_path = name
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        with reading(folder / "generation_config.json", "a generation configuration"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def _local(name: str | os.PathLike[str], hub: dict[str, Any]) -> Path:
     """A folder as it is, a repository of the hub downloaded."""
     if os.path.isdir(name):
         return Path(name)
     return Path(snapshot_download(str(name), allow_patterns=list(MODEL_FILES), **hub))
-
-
-def _published_arguments(folder: Path, config: Any, base: Any) -> tuple[Any, dict[str, Any]]:
-    """Configuration and tensors for transformers, under our names, experts yet apart."""
-    published = open_published(folder, None if base is None else Path(base))
-    if config is None:
-        config = CuMoConfig.from_pretrained(folder)
-    state_dict = {native_name(name): published.tensors[name] for name in published.tensors}
-    return config, {"state_dict": state_dict}
 
 
 def _weight_bytes(folder: Path) -> int:

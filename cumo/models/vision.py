@@ -21,6 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 from transformers.utils.generic import ModelOutput
 
 from cumo.config import CuMoVisionConfig
+from cumo.models.loading import LoadsBothLayouts
 from cumo.models.multiscale import pool_tiles, resize, split_tiles
 from cumo.nn import MoEMLP
 from cumo.nn.upcycling import ACTIVATION_ALIASES
@@ -118,8 +119,10 @@ class CuMoVisionPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
-class CuMoVisionModel(CuMoVisionPreTrainedModel):
+class CuMoVisionModel(LoadsBothLayouts, CuMoVisionPreTrainedModel):
     """Pictures -> features of all scales, concatenated.
+
+    `from_pretrained` takes a folder of an encoder, and takes the encoder out of a whole model of either layout.
 
     The encoder stops at the feature layer, unless `config.keep_unused_layers`: the published model computes the last
     block and throws its output away.
@@ -137,6 +140,10 @@ class CuMoVisionModel(CuMoVisionPreTrainedModel):
         >>> len(output.routings), output.tiles_per_scale  # two of three blocks; one tile and nine for each picture
         (2, (2, 18))
     """
+
+    config: CuMoVisionConfig
+    config_class = CuMoVisionConfig
+    _part = "vision_tower."
 
     def __init__(self, config: CuMoVisionConfig) -> None:
         super().__init__(config)
