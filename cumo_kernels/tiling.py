@@ -104,6 +104,16 @@ class LinearGatingTile(_LaunchTile):
 
 
 @dataclass(frozen=True)
+class LinearGatingBackwardTile(_LaunchTile):
+    """Tile of the gradient of the router's linear layer: tokens per program and per step, columns."""
+
+    CHUNK: int
+    BLOCK_T: int
+    BLOCK_D: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class DispatchTile:
     """Tile of the counting sort: choices per program, per step of ranking, per step of reading the counts."""
 
@@ -254,6 +264,16 @@ def linear_gating_tile(target: Target, num_experts: int) -> LinearGatingTile:
     # for sm_100 Triton 3.7.1 fails to compile a reduction over the accumulator of a 64-row product
     block_t = 32 if target.arch >= 100 else 64
     return LinearGatingTile(BLOCK_T=block_t, BLOCK_D=128, num_warps=4 if num_experts <= 16 else 8)
+
+
+def linear_gating_backward_tile(tokens: int, num_experts: int) -> LinearGatingBackwardTile:
+    """Chunks of many tokens where there are enough to occupy the device: every chunk writes E * D partial sums.
+
+    Products have 32 rows. Larger ones spill, and for 64 rows on sm_100 Triton 3.7.1 uses TF32, whatever precision is
+    asked for, if an operand was widened from 16 bits.
+    """
+    chunk, num_warps = 512 if tokens >= 8192 else 128, 4 if num_experts <= 32 else 8
+    return LinearGatingBackwardTile(chunk, BLOCK_T=32, BLOCK_D=32, num_warps=num_warps)
 
 
 def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:

@@ -18,7 +18,7 @@ from cumo_kernels.checks import (
     check_shapes,
     check_top_k,
 )
-from cumo_kernels.ops.common import check_kernel_dtype
+from cumo_kernels.ops.common import check_kernel_dtype, or_empty, or_none, refuse_double_backward
 from cumo_kernels.ops.topk_gating import PROBS_DTYPES, topk_gating_backward
 from cumo_kernels.types import Routing
 
@@ -44,6 +44,22 @@ def _(
     return *new_routing(x_TD, E, top_k, segment, probs_dtype), x_TD.new_empty((T, E), dtype=torch.float32)
 
 
+@torch.library.custom_op("cumo_kernels::linear_topk_gating_backward", mutates_args=())
+def linear_topk_gating_backward(
+    dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, need_x: bool, need_gate: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of tokens and router weight; empty where they are not needed."""
+    from cumo_kernels.kernels.linear_gating import linear_gating_backward
+
+    dx_TD, dgate_ED = linear_gating_backward(dlogits_TE, x_TD, gate_ED, need_x, need_gate)
+    return or_empty(dx_TD, x_TD), or_empty(dgate_ED, gate_ED)
+
+
+@linear_topk_gating_backward.register_fake
+def _(dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, need_x: bool, need_gate: bool) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape if need_x else (0,)), gate_ED.new_empty(gate_ED.shape if need_gate else (0,))
+
+
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x_TD, gate_ED, _, ctx.segment, ctx.normalize, _ = inputs
     _, expert_TK, *_, share_SE, logits_TE = output
@@ -56,12 +72,13 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dweight_TK, _, dbalance_S, dz_S, dprobs_SE, _, _ = grads
     x_TD, gate_ED, *saved = ctx.saved_tensors
     dlogits_TE = topk_gating_backward(*saved, dweight_TK, dbalance_S, dz_S, dprobs_SE, ctx.segment, ctx.normalize)
-    dx_TD = (dlogits_TE @ gate_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-    dgate_ED = (dlogits_TE.T @ x_TD.float()).to(gate_ED.dtype) if ctx.needs_input_grad[1] else None
-    return dx_TD, dgate_ED, None, None, None, None
+    need = ctx.needs_input_grad[:2]
+    grads_of_linear = linear_topk_gating_backward(dlogits_TE, x_TD, gate_ED, *need)
+    return *(or_none(grad, wanted) for grad, wanted in zip(grads_of_linear, need, strict=True)), None, None, None, None
 
 
 _linear_topk_gating.register_autograd(_backward, setup_context=_setup_context)
+refuse_double_backward(linear_topk_gating_backward, "linear_topk_gating")
 
 
 def linear_topk_gating(

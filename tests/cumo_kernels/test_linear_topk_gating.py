@@ -100,6 +100,15 @@ def test_autocast_leaves_the_router_in_float32(backend, device):
     assert_bitwise_equal(actual._asdict(), expected._asdict())
 
 
+def test_backward_within_autocast_is_in_float32_too(device):
+    tensors = make_tensors(device)
+    cotangents = random_cotangents("linear_topk_gating", tensors, top_k=2)
+    expected = run("linear_topk_gating", tensors, cotangents, top_k=2)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = run("linear_topk_gating", tensors, cotangents, top_k=2)
+    assert_bitwise_equal(actual, expected)
+
+
 def test_two_runs_give_the_same_bits(device):
     tensors = make_tensors(device, T=140, x_dtype=torch.bfloat16)
     cotangents = random_cotangents("linear_topk_gating", tensors, top_k=2)

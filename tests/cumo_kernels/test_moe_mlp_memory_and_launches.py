@@ -82,9 +82,14 @@ def test_launches_from_logits_to_output_and_back(T, forward, backward, recompute
 def test_launches_of_the_gating_with_its_linear_layer(T, device):
     layer = uninitialised_layer(device, T)
     with ck.use_backend("triton"), record_launches(H100) as launches, CountedKernels() as others:
-        routing, _ = route(layer, "linear_topk_gating", device)
-    assert [launched.kernel.__name__ for launched in launches] == ["_linear_gating_kernel", "_gating_losses_kernel"]
-    assert others.names == []
+        routing, gate_ED = route(layer, "linear_topk_gating", device)
+        assert [launched.kernel.__name__ for launched in launches] == ["_linear_gating_kernel", "_gating_losses_kernel"]
+        assert others.names == []
+        launches.clear()
+        torch.autograd.grad(routing.weight_TK, (layer["x_TD"], gate_ED), torch.empty_like(routing.weight_TK))
+    backward = ["_topk_gating_backward_kernel", "_linear_gating_backward_kernel"]
+    assert [launched.kernel.__name__ for launched in launches] == backward
+    assert others.names == ["aten.sum.dim_IntList"]  # of the gradient of the router, over chunks of tokens
 
 
 # Launches of the backward where only these gradients are wanted, gathered and with a sorted copy.

@@ -19,7 +19,15 @@ import cumo_kernels as ck
 from cumo_kernels import tiling
 from cumo_kernels.backend import interpreted
 from cumo_kernels.kernels import launch
-from cumo_kernels.tiling import DispatchTile, GatingTile, GemmTile, LinearGatingTile, RowTile, Target
+from cumo_kernels.tiling import (
+    DispatchTile,
+    GatingTile,
+    GemmTile,
+    LinearGatingBackwardTile,
+    LinearGatingTile,
+    RowTile,
+    Target,
+)
 from tests.cumo_kernels.layouts import EXPANDED, VIEWS, Layout
 from tests.poison import poisoned, untouched
 
@@ -126,6 +134,7 @@ def tilings(draw: st.DrawFn) -> dict[str, Callable[..., object]]:
         return {}
     gating = GatingTile(draw(st.sampled_from([1, 4, 16])), draw(st.booleans()), num_warps=4)
     linear = LinearGatingTile(BLOCK_T=16, BLOCK_D=16)
+    linear_backward = LinearGatingBackwardTile(CHUNK=32, BLOCK_T=16, BLOCK_D=16, num_warps=4)
     rows = RowTile(draw(st.sampled_from([4, 8])), 16, num_warps=4)
     grad_rows = RowTile(16, draw(st.sampled_from([8, 32])), num_warps=4)
     dispatch = DispatchTile(CHUNK=8, BLOCK=4, SCAN=draw(st.sampled_from([2, 4])), COUNTED=draw(st.booleans()))
@@ -134,6 +143,7 @@ def tilings(draw: st.DrawFn) -> dict[str, Callable[..., object]]:
         "gemm_tile": gemm,
         "gating_tile": lambda *_: gating,
         "linear_gating_tile": lambda *_: linear,
+        "linear_gating_backward_tile": lambda *_: linear_backward,
         "row_tile": lambda *_: rows,
         "grad_row_tile": lambda *_: grad_rows,
         "dispatch_tile": lambda *_: dispatch,
