@@ -116,7 +116,7 @@ def _linear_gating_backward_kernel(
 def linear_gating_backward(
     dlogits_TE: Tensor, x_TD: Tensor, gate_ED: Tensor, need_x: bool, need_gate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One launch, and the sum over chunks; returns dx_TD and dgate_ED in the dtypes of `x_TD` and `gate_ED`, or None."""
+    """Launch the kernel and sum over chunks; returns dx_TD and dgate_ED in the dtypes of what they are gradients of."""
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     gate_ED = gate_ED if gate_ED.stride(1) == 1 else gate_ED.contiguous()
     (T, D), E = x_TD.shape, gate_ED.shape[0]
