@@ -65,7 +65,7 @@ class Upcycled:
 
     @property
     def modules(self) -> dict[str, MoEMLP]:
-        """The mixtures by their names in the model.
+        """The mixtures by their names in the model; one that several modules share has the first of its names.
 
         Raises:
             ValueError: one of them has been replaced.
@@ -73,13 +73,14 @@ class Upcycled:
         return {name: layer.moe for name, layer in self._layers().items()}
 
     def _layers(self) -> dict[str, UpcycledMLP]:
-        layers = {}
+        """The layers, each by the first of its names."""
+        layers: dict[int, tuple[str, UpcycledMLP]] = {}
         for name in self._dense:
             layer = self.model.get_submodule(name)
             if not isinstance(layer, UpcycledMLP):
                 raise ValueError(f"{name}: expected an UpcycledMLP, got {type(layer).__name__}: it has been replaced")
-            layers[name] = layer
-        return layers
+            layers.setdefault(id(layer), (name, layer))
+        return dict(layers.values())
 
     @contextmanager
     def routings(self) -> Iterator[dict[str, Routing]]:
@@ -106,12 +107,12 @@ class Upcycled:
         """Balance loss and z-loss over all mixtures that were called.
 
         Args:
-            routings: of `routings()`, all of equally many tokens.
+            routings: of `routings()`, all of equally many segments: images, or sequences of a batch.
             mode: see `cumo.nn.losses.routing_losses`.
 
         Raises:
-            ValueError: none was called, or they were called within a reentrant checkpoint, where their routing has no
-                gradient.
+            ValueError: `routings` is empty, has different numbers of segments, or comes from within a reentrant
+                checkpoint, where it has no gradient.
         """
         if not routings:
             raise ValueError("routings: expected those of a forward pass, got none")
@@ -122,8 +123,13 @@ class Upcycled:
                     f"routings: {name}: expected one with a gradient, got none: it comes from torch.no_grad() or a "
                     "reentrant checkpoint; use_reentrant=False keeps it"
                 )
-        called = list(routings.values())
-        return routing_losses(called, [called[0].balance_S.shape[0]], mode)
+        segments = {name: routing.balance_S.shape[0] for name, routing in routings.items()}
+        if len(set(segments.values())) > 1:
+            raise ValueError(
+                f"routings: expected equally many segments in all mixtures, got {segments}: the leading dimensions of "
+                "their inputs differ; call `losses` with those of one kind at a time"
+            )
+        return routing_losses(list(routings.values()), [next(iter(segments.values()))], mode)
 
     def undo(self) -> None:
         """Put the dense MLPs back, as they were; what the experts have learnt is given up.
@@ -137,6 +143,24 @@ class Upcycled:
         self._dense = {}
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _check_replaceable(model: nn.Module, mlp: nn.Module, names: list[str]) -> None:
+    """Nothing that hangs on an MLP, and would be lost with it, is there."""
+    for path, module in mlp.named_modules():
+        where = f" in its {path}" if path else ""
+        hooks = [name.strip("_").replace("_", " ") for name in _HOOKS if getattr(module, name)]
+        if "forward" in vars(module):
+            hooks.append("a replaced forward")
+        if hooks:
+            raise ValueError(f"expected an MLP without hooks, which would be lost, got {', '.join(hooks)}{where}")
+    own = {id(parameter) for parameter in mlp.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not name.startswith(tuple(f"{mine}." for mine in names)):
+            raise ValueError(f"expected an MLP with parameters of its own, got one that is {name} too: tied parameters")
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
@@ -145,9 +169,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def upcycle(model: nn.Module, pattern: str, num_experts: int, top_k: int, **options: Any) -> Upcycled:
     """Replace every MLP of a model whose name matches by a mixture of copies of it (upcycling, arXiv 2212.05055).
 
-    The model computes what it did, until it is trained. It keeps its class and its calls; its state dict has
-    `NAME.moe.gate.weight`, `NAME.moe.up_proj` and so on in the place of the dense weights, and is loaded into a model
-    that was upcycled alike.
+    The model computes what it did, until it is trained. It keeps its class and its calls. An MLP that the model has
+    under several names becomes one mixture under all of them, also where only one name matches.
+
+    The state dict has `NAME.moe.gate.weight`, `NAME.moe.up_proj` and so on in the place of the dense weights. It is
+    loaded into a model that was built from its configuration and upcycled alike: `load_state_dict`, or
+    `safetensors.torch.load_model` for the file that `save_pretrained` of transformers writes. Its `from_pretrained`
+    knows dense MLPs only, and would draw new ones.
 
     Args:
         model: changed in place.
@@ -158,8 +186,9 @@ def upcycle(model: nn.Module, pattern: str, num_experts: int, top_k: int, **opti
         options: of `upcycle_mlp`: `noise`, `generator`, `activation`, `recompute`, ...
 
     Raises:
-        ValueError: no name matches, a matching module is no MLP that `upcycle_mlp` knows, or an argument does not fit.
-            The model is not changed then.
+        ValueError: `pattern` matches no name, or a module that `upcycle_mlp` does not know; a matching MLP has hooks, a
+            replaced forward or parameters that are another module's too, which would be lost; or an argument does not
+            fit. The model is not changed then.
 
     Examples:
         >>> import torch
@@ -175,15 +204,24 @@ def upcycle(model: nn.Module, pattern: str, num_experts: int, top_k: int, **opti
         >>> losses = upcycled.losses(routings)
         >>> (after.square().mean() + 0.01 * losses.balance + 0.001 * losses.z).backward()
     """
-    matching = {name: module for name, module in model.named_modules() if name and re.fullmatch(pattern, name)}
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(module, []).append(name)
+    matching = {
+        module: [name for name in names if name]
+        for module, names in names_of.items()
+        if any(name and re.fullmatch(pattern, name) for name in names)
+    }
     if not matching:
         raise ValueError(f"pattern: expected to match the name of a module, got {pattern!r}, which matches none")
     layers = {}
-    for name, mlp in matching.items():
+    for mlp, names in matching.items():
         try:
-            layers[name] = UpcycledMLP(upcycle_mlp(mlp, num_experts, top_k, **options), name)
+            layers[mlp] = UpcycledMLP(upcycle_mlp(mlp, num_experts, top_k, **options), names[0])
+            _check_replaceable(model, mlp, names)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    for name, layer in layers.items():
-        _replace(model, name, layer.train(matching[name].training))
-    return Upcycled(model, matching)
+            raise ValueError(f"{names[0]}: {error}") from error
+    for mlp, names in matching.items():
+        for name in names:
+            _replace(model, name, layers[mlp].train(mlp.training))
+    return Upcycled(model, {name: mlp for mlp, names in matching.items() for name in names})

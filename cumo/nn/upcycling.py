@@ -4,17 +4,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cumo.nn.moe import MoEMLP
 from cumo_kernels import ACTIVATIONS
 
-# Names under which MLPs hold their up, down and, if any, gate projection.
-PROJECTION_NAMES = (("up_proj", "down_proj", "gate_proj"), ("fc1", "fc2", None))
+# Names under which MLPs hold their projections. `gate_up` is one layer, whose first half of rows the activation is
+# applied to.
+PROJECTION_NAMES: tuple[dict[str, str], ...] = (
+    {"gate_up": "gate_up_proj", "down": "down_proj"},  # Phi-3, GLM-4
+    {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"},  # Llama and most others; Nemotron without a gate
+    {"up": "fc1", "down": "fc2"},  # CLIP, timm
+    {"up": "c_fc", "down": "c_proj"},  # GPT-2, StarCoder2
+    {"up": "dense_h_to_4h", "down": "dense_4h_to_h"},  # GPT-NeoX, Falcon
+    {"gate_up": "Wi", "down": "Wo"},  # ModernBERT
+)
+_PARTS = ({"up", "down"}, {"up", "down", "gate"}, {"gate_up", "down"})
 ACTIVATION_NAMES = ("activation_fn", "act_fn", "act", "activation")
 # Names of transformers' configurations for what `ACTIVATIONS` calls otherwise; all of the former are one function.
 ACTIVATION_ALIASES = {
@@ -25,14 +35,27 @@ ACTIVATION_ALIASES = {
 }
 
 
-class _DenseMLP(NamedTuple):
-    """down(act(up(x))), or down(act(gate(x)) * up(x))."""
+class _Projection(NamedTuple):
+    """A linear layer by its tensors, in the orientation of `nn.Linear`: weight [out, in], bias [out] or None."""
 
-    up: nn.Linear
-    down: nn.Linear
-    gate: nn.Linear | None
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _DenseMLP(NamedTuple):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)); gate and up are one layer where `is_fused`."""
+
+    up: _Projection
+    down: _Projection
+    gate: _Projection | None
     activation: Any
     """A function or module, a name, or None if the MLP does not say."""
+    is_fused: bool = False
+
+    @property
+    def d_hidden(self) -> int:
+        """Features that the down projection takes."""
+        return self.up.weight.shape[0] // (2 if self.is_fused else 1)
 
 
 def _does_nothing(module: nn.Module) -> bool:
@@ -43,39 +66,65 @@ def _read_sequential(mlp: nn.Sequential) -> _DenseMLP:
     layers = [layer for layer in mlp if not _does_nothing(layer)]
     match layers:
         case [nn.Linear() as up, activation, nn.Linear() as down] if not isinstance(activation, nn.Linear):
-            return _DenseMLP(up, down, None, activation)
+            return _DenseMLP(_projection("up", up), _projection("down", down), None, activation)
     raise ValueError(
         "mlp: expected a Sequential of Linear, activation, Linear (and any Identity or Dropout(p=0), as MoEMLP has no "
         f"dropout), got {[str(layer) for layer in mlp]}"
     )
 
 
-def _read_named(mlp: nn.Module) -> _DenseMLP:
+def _names_of(mlp: nn.Module, projections: Mapping[str, str] | None) -> dict[str, str]:
+    """What the MLP calls its projections, by what they are."""
+    if projections is not None:
+        if set(projections) not in _PARTS:
+            raise ValueError(
+                "projections: expected names of up and down, of up, down and gate, or of gate_up and down, got "
+                f"{dict(projections)!r}"
+            )
+        missing = [name for name in projections.values() if not isinstance(getattr(mlp, name, None), nn.Module)]
+        if missing:
+            raise ValueError(f"projections: expected names of modules of the MLP, got {missing} for {_describe(mlp)}")
+        return dict(projections)
+    for names in PROJECTION_NAMES:
+        found = {part: name for part, name in names.items() if getattr(mlp, name, None) is not None}
+        if found.keys() >= names.keys() - {"gate"}:
+            return found
+    pairs = " or ".join(" and ".join(n for part, n in names.items() if part != "gate") for names in PROJECTION_NAMES)
+    raise ValueError(
+        f"mlp: expected a Sequential, or a module with {pairs} (projections= gives other names), got {_describe(mlp)}"
+    )
+
+
+def _read_named(mlp: nn.Module, projections: Mapping[str, str] | None) -> _DenseMLP:
     """The parts of an MLP by the names of its attributes; whatever else it holds is an error."""
     children = {name: child for name, child in mlp.named_children() if not _does_nothing(child)}
-    names = next((names for names in PROJECTION_NAMES if all(hasattr(mlp, name) for name in names[:2])), None)
-    if names is None:
-        pairs = " or ".join(f"{up} and {down}" for up, down, _ in PROJECTION_NAMES)
-        raise ValueError(f"mlp: expected a Sequential, or a module with {pairs}, got {_describe(mlp)}")
+    names = _names_of(mlp, projections)
     activation_name = next((name for name in ACTIVATION_NAMES if hasattr(mlp, name)), None)
-    others = [name for name in children if name not in (*names, activation_name)]
+    others = [name for name in children if name not in (*names.values(), activation_name)]
     if activation_name is None and len(others) == 1:
         activation_name = others.pop()
     others += [name for name, _ in mlp.named_parameters(recurse=False)]
+    # where dropout is a function rather than a module
+    others += [f"{name}={value}" for name, value in vars(mlp).items() if "dropout" in name and _is_positive(value)]
     if others:
         raise ValueError(
-            f"mlp: expected {', '.join(name for name in names if name)} and an activation (and any Identity or "
+            f"mlp: expected {', '.join(names.values())} and an activation (and any Identity or "
             f"Dropout(p=0), as MoEMLP has no dropout), got {', '.join(others)} too in {_describe(mlp)}"
         )
-    up_name, down_name, gate_name = names
+    layers = {part: _projection(part, getattr(mlp, name)) for part, name in names.items()}
     return _DenseMLP(
-        getattr(mlp, up_name),
-        getattr(mlp, down_name),
-        None if gate_name is None else getattr(mlp, gate_name, None),
+        layers["gate_up"] if "gate_up" in layers else layers["up"],
+        layers["down"],
+        layers.get("gate"),
         getattr(getattr(mlp, "config", None), "hidden_act", None)
         if activation_name is None
         else getattr(mlp, activation_name),
+        "gate_up" in layers,
     )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, float) and value > 0
 
 
 def _describe(mlp: nn.Module) -> str:
@@ -83,31 +132,47 @@ def _describe(mlp: nn.Module) -> str:
     return f"{type(mlp).__name__}({children})"
 
 
-def _check_layers(dense: _DenseMLP) -> None:
-    """The layers are plain linear ones, and those that are stacked with one another are alike."""
-    layers = {name: layer for name, layer in dense._asdict().items() if name != "activation" and layer is not None}
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"mlp: expected its {name} projection to be an nn.Linear, got {layer}")
-        weight = layer.weight
-        if not weight.is_floating_point() or weight.shape != (layer.out_features, layer.in_features):
-            raise ValueError(
-                f"mlp: expected a floating-point weight of shape {[layer.out_features, layer.in_features]} in its "
-                f"{name} projection, got {weight.dtype} {list(weight.shape)}; quantised layers cannot be upcycled"
-            )
-        if (weight.dtype, weight.device) != (dense.up.weight.dtype, dense.up.weight.device):
-            raise ValueError(
-                f"mlp: expected its {name} projection in {dense.up.weight.dtype} on {dense.up.weight.device} as its up "
-                f"projection, got {weight.dtype} on {weight.device}"
-            )
-    if dense.down.in_features != dense.up.out_features:
+def _projection(part: str, layer: nn.Module) -> _Projection:
+    """The tensors of a plain linear layer, or of the Conv1D of GPT-2, whose weight is that of one transposed."""
+    weight: Any = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Linear):
+        expected = [layer.out_features, layer.in_features]
+    elif type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor) and hasattr(layer, "nf"):
+        expected = [*weight.shape]
+    else:
+        raise ValueError(f"mlp: expected its {part} projection to be an nn.Linear, got {layer}")
+    if not weight.is_floating_point() or [*weight.shape] != expected:
         raise ValueError(
-            f"mlp: expected its down projection to take the {dense.up.out_features} features that its up projection "
-            f"gives, got {dense.down}"
+            f"mlp: expected a floating-point weight of shape {expected} in its {part} projection, got "
+            f"{weight.dtype} {[*weight.shape]}; quantised layers cannot be upcycled"
+        )
+    bias: Any = layer.bias
+    return _Projection(weight if isinstance(layer, nn.Linear) else weight.T, bias)
+
+
+def _check_layers(dense: _DenseMLP) -> None:
+    """The layers fit to one another, and those that are stacked with one another are alike."""
+    up = dense.up.weight
+    for name, layer in (("down", dense.down), ("gate", dense.gate)):
+        if layer is not None and (layer.weight.dtype, layer.weight.device) != (up.dtype, up.device):
+            raise ValueError(
+                f"mlp: expected its {name} projection in {up.dtype} on {up.device} as its up projection, got "
+                f"{layer.weight.dtype} on {layer.weight.device}"
+            )
+    if dense.is_fused and up.shape[0] % 2:
+        raise ValueError(f"mlp: expected its gate_up projection to give two equal halves, got {up.shape[0]} features")
+    if dense.down.weight.shape[1] != dense.d_hidden:
+        raise ValueError(
+            f"mlp: expected its down projection to take the {dense.d_hidden} features that its up projection gives, "
+            f"got one that takes {dense.down.weight.shape[1]}"
         )
     if dense.gate is not None:
         actual, expected = (
-            {name: (list(parameter.shape), parameter.requires_grad) for name, parameter in layer.named_parameters()}
+            {
+                name: (list(tensor.shape), tensor.requires_grad)
+                for name, tensor in layer._asdict().items()
+                if tensor is not None
+            }
             for layer in (dense.gate, dense.up)
         )
         if actual != expected:
@@ -115,6 +180,27 @@ def _check_layers(dense: _DenseMLP) -> None:
                 "mlp: expected its gate projection to have the (shape, requires_grad) of its up projection, "
                 f"{expected}, got {actual}"
             )
+
+
+@torch.no_grad()
+def _check_halves(mlp: nn.Module, dense: _DenseMLP, activation: str) -> None:
+    """The activation is applied to the first half of a fused projection: no name says so, but the values do."""
+    weight = dense.up.weight
+    if weight.is_meta:
+        return
+    # large, as SiLU and its like are nearly linear about 0, where the halves could be exchanged
+    probe = 16 * torch.linspace(0, 20, 4 * weight.shape[1], device=weight.device).sin().view(4, -1).to(weight.dtype)
+    training = mlp.training
+    actual = mlp.eval()(probe)
+    mlp.train(training)
+    gate, up = F.linear(probe, *dense.up).chunk(2, dim=-1)
+    expected = F.linear(ACTIVATIONS[activation](gate) * up, *dense.down)
+    tolerance = max(1e-4, 8 * torch.finfo(weight.dtype).eps)
+    if not (actual - expected).float().norm() <= tolerance * expected.float().norm():
+        raise ValueError(
+            f"mlp: expected down({activation}(first half) * second half) of what its gate_up projection gives, got "
+            f"other values from {_describe(mlp)}"
+        )
 
 
 def _sample(function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -198,6 +284,7 @@ def upcycle_mlp(
     top_k: int,
     *,
     activation: str | None = None,
+    projections: Mapping[str, str] | None = None,
     noise: float = 0.0,
     generator: torch.Generator | None = None,
     normalize: bool = True,
@@ -211,15 +298,18 @@ def upcycle_mlp(
     Training then tells the experts apart, since each sees other tokens.
 
     Args:
-        mlp: down(act(up(x))), as an `nn.Sequential` of Linear, activation, Linear; or by the names of its layers, `fc1`
-            and `fc2`, or `up_proj` and `down_proj`; with `gate_proj` too, down(act(gate(x)) * up(x)). Its activation
-            is the module or function `activation_fn`, `act_fn`, `act` or `activation`, or `config.hidden_act`. CLIP,
-            Llama and Mistral of transformers and timm's Mlp are such. It is not changed, nor shares memory with the
+        mlp: down(act(up(x))), as an `nn.Sequential` of Linear, activation, Linear, or by the names of its layers; with
+            a gate, down(act(gate(x)) * up(x)), also where gate and up are one layer. The names in `PROJECTION_NAMES`
+            are known, among them those of CLIP, Llama, Mistral, Phi-3, GLM-4, GPT-2, GPT-NeoX, StarCoder2 and
+            ModernBERT of transformers and of timm's Mlp. Its activation is the module or function `activation_fn`,
+            `act_fn`, `act` or `activation`, or `config.hidden_act`. It is not changed, nor shares memory with the
             result, which takes over dtype, device, requires_grad, training mode and missing biases.
         num_experts: E.
         top_k: K, experts per token.
         activation: a name in `cumo_kernels.ACTIVATIONS`, where that of `mlp` is to be overridden. By default it is
             recognised by the values that it computes.
+        projections: names of the layers, where `mlp` has others: {"up": ..., "down": ...}, with "gate" too, or
+            {"gate_up": ..., "down": ...} for one layer whose first half of features the activation is applied to.
         noise: standard deviation of the Gaussian noise added to each expert, relative to that of the tensor it is
             added to. With noise the output is no longer that of `mlp`.
         generator: draws the gate (as a new `nn.Linear`, in float32), then the noise; the same on every device.
@@ -249,22 +339,28 @@ def upcycle_mlp(
         )
     if not (math.isfinite(noise) and noise >= 0):
         raise ValueError(f"noise: expected a finite number >= 0, got {noise!r}")
-    dense = _read_sequential(mlp) if isinstance(mlp, nn.Sequential) else _read_named(mlp)
+    if isinstance(mlp, nn.Sequential) and projections is None:
+        dense = _read_sequential(mlp)
+    else:
+        dense = _read_named(mlp, projections)
     _check_layers(dense)
+    activation = _recognise(dense.activation) if activation is None else activation
     moe = MoEMLP(
-        dense.up.in_features,
-        dense.up.out_features,
-        dense.down.out_features,
+        dense.up.weight.shape[1],
+        dense.d_hidden,
+        dense.down.weight.shape[0],
         num_experts=num_experts,
         top_k=top_k,
-        activation=_recognise(dense.activation) if activation is None else activation,
-        gated=dense.gate is not None,
+        activation=activation,
+        gated=dense.gate is not None or dense.is_fused,
         router_dtype=router_dtype,
         probs_dtype=probs_dtype,
         recompute=recompute,
         device="meta",  # nothing is drawn in vain, nor from the global generator
         dtype=dense.up.weight.dtype,
     )
+    if dense.is_fused:
+        _check_halves(mlp, dense, activation)
     moe.to_empty(device=dense.up.weight.device)
     _fill(moe, dense, noise, generator)
     return moe.train(mlp.training)

@@ -334,7 +334,7 @@ class Quantised(nn.Linear):
 
 
 REFUSED = {
-    "a linear layer": (lambda: nn.Linear(3, 3), "expected a Sequential, or a module with up_proj and down_proj or fc1"),
+    "a linear layer": (lambda: nn.Linear(3, 3), "expected a Sequential, or a module with .*fc1 and fc2 or"),
     "empty": (lambda: nn.Sequential(), "expected a Sequential of Linear, activation, Linear"),
     "no activation": (lambda: sequential(nn.Identity()), r"got \['Linear.*, 'Identity\(\)', 'Linear"),
     "three layers": (lambda: sequential(nn.Linear(16, 16)), "expected a Sequential of Linear, activation, Linear"),
