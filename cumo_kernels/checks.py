@@ -84,7 +84,8 @@ def as_count(value: object) -> int | None:
     A symbolic size of torch.compile is one, and stays symbolic.
     """
     if not isinstance(value, (int, torch.SymInt)):
-        if isinstance(value, Tensor):  # it has an index, for which the host would wait
+        # the index of a tensor is data, and to torch.compile that of a NumPy integer too
+        if isinstance(value, Tensor) or torch.compiler.is_compiling():
             return None
         try:
             value = operator.index(value)  # type: ignore[arg-type]

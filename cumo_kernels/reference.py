@@ -34,9 +34,11 @@ class _Mode(Enum):
 
 def _mode(tensor: Tensor) -> _Mode:
     """How an operation on `tensor` is carried out."""
-    if torch.compiler.is_compiling():
+    if forward_ad._current_level >= 0:
+        return _Mode.TRANSFORMED
+    if torch.compiler.is_compiling():  # which passes other transforms on to what it traces
         return _Mode.TRACED
-    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._functorch.maybe_current_level() is not None:
         return _Mode.TRANSFORMED
     return _Mode.TRACED if tensor.is_meta or isinstance(tensor, FakeTensor) else _Mode.EAGER
 
@@ -259,6 +261,8 @@ def _transformable_linear(x_ND: Tensor, w_EFD: Tensor, bias_EF: Tensor | None, o
 
 def _readable(offset_E1: Tensor) -> bool:
     """Whether the offsets have values, one for all: not under vmap, where each of the mapped cases has its own."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     transforms = functorch.get_interpreter_stack() or []
     vmapped = any(transform.key() == functorch.TransformType.Vmap for transform in transforms)

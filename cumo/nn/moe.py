@@ -114,9 +114,9 @@ class MoEMLP(nn.Module):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         for name, size in dict(d_in=d_in, d_hidden=d_hidden, d_out=d_out, num_experts=num_experts).items():
-            if size < 1:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
-        check_top_k(top_k, num_experts)
+        top_k = check_top_k(top_k, num_experts)
         check_one_of("activation", activation, ck.ACTIVATIONS)
         check_one_of("router_dtype", router_dtype, (torch.float32, None))
         check_one_of("probs_dtype", probs_dtype, PROBS_DTYPES)
@@ -167,6 +167,12 @@ class MoEMLP(nn.Module):
         """
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x: expected shape [..., {self.d_in}] (d_in), got {list(x.shape)}")
+        weights = self.up_proj.dtype
+        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise ValueError(
+                f"x: expected dtype {weights} of the module's parameters, or any floating-point one under autocast, got "
+                f"{x.dtype}"
+            )
         y_shape = (*x.shape[:-1], self.d_out)
         if residual is not None and residual.shape != y_shape:
             raise ValueError(f"residual: expected shape {list(y_shape)} of the output, got {list(residual.shape)}")

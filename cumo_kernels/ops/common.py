@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cumo_kernels.backend import autocast_dtype
-from cumo_kernels.checks import check_floating, check_same_device, check_same_dtype, check_shapes
+from cumo_kernels.checks import check_floating, check_same_dtype, check_shapes
 from cumo_kernels.types import DispatchPlan
 
 
@@ -51,23 +51,30 @@ def check_plan(plan: DispatchPlan, **arguments: tuple[Tensor | None, str]) -> Di
     """
     if not isinstance(plan, DispatchPlan):
         raise ValueError(f"plan: expected a DispatchPlan, got {type(plan).__name__}")
-    fields = {f"plan.{name}": tensor for name, tensor in plan._asdict().items()}
-    for name, tensor in fields.items():
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32:
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected int32, got {got}")
-    patterns = zip(fields.values(), ("N", "N", "T K", "E1"), strict=True)
-    size = check_shapes(**arguments, **dict(zip(fields, patterns, strict=True)))
-    first = next(iter(arguments))
-    check_same_device(**{first: arguments[first][0]}, **fields)
+    token_N, route_N, slot_TK, offset_E1 = plan
+    fields = {
+        "plan.token_N": (token_N, "N"),
+        "plan.route_N": (route_N, "N"),
+        "plan.slot_TK": (slot_TK, "T K"),
+        "plan.offset_E1": (offset_E1, "E1"),
+    }
+    size = check_shapes(**arguments, **fields)
+    first, (tensor, _) = next(iter(arguments.items()))
+    assert tensor is not None
+    device = tensor.device
+    for name, (field, _) in fields.items():
+        if field is None or field.dtype != torch.int32:
+            raise ValueError(f"{name}: expected int32, got {None if field is None else field.dtype}")
+        if field.device != device:
+            raise ValueError(f"{name}: expected device {device} as {first}, got {field.device}")
     if size["K"] < 1 or size["T"] * size["K"] != size["N"]:
         raise ValueError(
             f"plan.slot_TK: expected shape [T K] with T * K = N={size['N']} as in plan.token_N, "
-            f"got {list(plan.slot_TK.shape)}"
+            f"got {list(slot_TK.shape)}"
         )
     if size["E1"] < 2:
-        raise ValueError(f"plan.offset_E1: expected shape [E + 1] with E >= 1, got {list(plan.offset_E1.shape)}")
-    return DispatchPlan(*(tensor.contiguous() for tensor in plan))
+        raise ValueError(f"plan.offset_E1: expected shape [E + 1] with E >= 1, got {list(offset_E1.shape)}")
+    return DispatchPlan(token_N.contiguous(), route_N.contiguous(), slot_TK.contiguous(), offset_E1.contiguous())
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -87,24 +94,22 @@ def check_kernel_dtype(name: str, tensor: Tensor) -> None:
 def refuse_transforms(public_name: str, *tensors: Tensor | None) -> None:
     """Refuse what the kernels would leave out without a word, or PyTorch refuse without naming the operation:
     forward-mode differentiation, and `torch.func.grad` and what is made of it."""
-    if forward_ad._current_level >= 0 and any(_follows_tangent(t) for t in tensors if t is not None):
+    if forward_ad._current_level >= 0 and any(_has_tangent(t) for t in tensors if t is not None):
         raise RuntimeError(
             f"{public_name}: forward-mode differentiation is not implemented on the triton backend; "
             "use_backend('reference') differentiates in either mode"
         )
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
         return
-    if _transformed_by("Grad") and torch.is_grad_enabled() and any(_is_tracked(t) for t in tensors if t is not None):
+    functorch = torch._C._functorch
+    kinds = [transform.key() for transform in functorch.get_interpreter_stack() or []]
+    if functorch.TransformType.Grad not in kinds or not torch.is_grad_enabled():
+        return
+    if any(_is_tracked(t) for t in tensors if t is not None):
         raise RuntimeError(
             f"{public_name}: torch.func.grad and what is made of it (vjp, jacrev, hessian) are not implemented on the "
             "triton backend; Tensor.backward and torch.autograd.grad are, and use_backend('reference') has them all"
         )
-
-
-def _transformed_by(name: str) -> bool:
-    functorch = torch._C._functorch
-    kind = getattr(functorch.TransformType, name)
-    return any(transform.key() == kind for transform in functorch.get_interpreter_stack() or [])
 
 
 def _is_tracked(tensor: Tensor) -> bool:
@@ -112,10 +117,10 @@ def _is_tracked(tensor: Tensor) -> bool:
     return tensor.requires_grad or torch._C._functorch.is_batchedtensor(tensor)
 
 
-def _follows_tangent(tensor: Tensor) -> bool:
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(tensor):
+def _has_tangent(tensor: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # what is traced has none, whatever is run will have
         return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return torch._C._functorch.is_batchedtensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def refuse_double_backward(operator: Any, public_name: str) -> None:

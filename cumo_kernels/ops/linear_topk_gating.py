@@ -18,7 +18,7 @@ from cumo_kernels.checks import (
     check_shapes,
     check_top_k,
 )
-from cumo_kernels.ops.common import check_kernel_dtype, or_empty, or_none, refuse_double_backward
+from cumo_kernels.ops.common import check_kernel_dtype, or_empty, or_none, refuse_double_backward, refuse_transforms
 from cumo_kernels.ops.topk_gating import PROBS_DTYPES, topk_gating_backward
 from cumo_kernels.types import Routing
 
@@ -121,7 +121,7 @@ def linear_topk_gating(
     size = check_shapes(x_TD=(x_TD, "T D"), gate_ED=(gate_ED, "E D"))
     check_floating(x_TD=x_TD, gate_ED=gate_ED)
     check_same_device(x_TD=x_TD, gate_ED=gate_ED)
-    check_top_k(top_k, size["E"])
+    top_k = check_top_k(top_k, size["E"])
     check_one_of("probs_dtype", probs_dtype, PROBS_DTYPES)
     tokens = check_segment(segment, size["T"])
     if backend_for(x_TD) == "reference":
@@ -133,4 +133,5 @@ def linear_topk_gating(
             f"gate_ED: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}; "
             "compute the logits with a linear layer and call topk_gating"
         )
+    refuse_transforms("linear_topk_gating", x_TD, gate_ED)
     return Routing(*_linear_topk_gating(x_TD, gate_ED, top_k, tokens, normalize, probs_dtype)[:5])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import cumo_kernels as ck
+from cumo_kernels.kernels.launch import record_launches
 from tests.cumo_kernels.harness import make_layer, random_plan
 
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -49,6 +50,20 @@ def test_second_derivative_is_refused_by_the_kernels(call, device):
     message = r"\w+: double backward is not implemented on the triton backend; use_backend\('reference'\) diff"
     with pytest.raises(RuntimeError, match=message):
         grad.sum().backward()
+
+
+def test_pre_activation_is_stored_only_for_a_gradient(device):
+    plan = random_plan(6, 2, 3, device)
+    x_ND, w_EFD = torch.randn(12, 8, device=device), torch.randn(3, 5, 8, device=device)
+    wanted = w_EFD.clone().requires_grad_()
+    with ck.use_backend("triton"), record_launches() as launches:
+        ck.grouped_gemm(x_ND, w_EFD, plan, activation="gelu")
+        ck.grouped_gemm(x_ND, wanted, plan)
+        with torch.no_grad():
+            ck.grouped_gemm(x_ND, wanted, plan, activation="gelu")
+        ck.grouped_gemm(x_ND, wanted, plan, activation="gelu")
+    arguments = [dict(zip(launched.kernel.arg_names, launched.args, strict=False)) for launched in launches]
+    assert [a["z_ptr"] is not None for a in arguments] == [False, False, False, True]
 
 
 @BACKENDS
@@ -105,8 +120,6 @@ def test_backward_runs_on_the_backend_of_the_forward(device):
     layer = make_layer(device)
     with ck.use_backend("triton"):
         y_TO = ck.moe_mlp(**{**layer, "x_TD": layer["x_TD"].requires_grad_()})
-    from cumo_kernels.kernels.launch import record_launches
-
     with ck.use_backend("reference"), record_launches() as launches:
         y_TO.sum().backward()
     assert launches

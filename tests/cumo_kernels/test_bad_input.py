@@ -70,7 +70,7 @@ PLAN_FAULTS = [
     ("slot_TK: expected shape [T K], got [12]", "plan-with-flat-slots", torch.Tensor.flatten),
     ("slot_TK: expected shape [T K] with ", "plan-with-a-choice-more", lambda t: t.repeat(1, 2)),
     ("offset_E1: expected shape [E + 1] with E >= 1, got [1]", "plan-of-no-experts", lambda t: t[:1]),
-    ("route_N: expected int32, got NoneType", "plan-without-routes", lambda _: None),
+    ("route_N: expected int32, got None", "plan-without-routes", lambda _: None),
     ("slot_TK: expected device", "plan-with-slots-elsewhere", lambda t: t.to(META)),
     ("offset_E1: expected device", "plan-with-offsets-elsewhere", lambda t: t.to(META)),
 ]
@@ -178,8 +178,8 @@ ON_EITHER_BACKEND = [
 
 FLOAT64 = {"dtype": torch.float64}
 ON_THE_TRITON_BACKEND = [
-    case(gating, "logits_TE: the triton backend expects at most 256 experts, got 257", "too-many-experts",
-         logits_TE=torch.zeros(12, 257)),
+    case(gating, "logits_TE: the triton backend expects at most 1024 experts, got 1025", "too-many-experts",
+         logits_TE=torch.zeros(12, 1025)),
     case(gating, "logits_TE: the triton backend expects float16, bfloat16 or float32, got torch.float64", "float64",
          logits_TE=torch.zeros(12, 4, **FLOAT64)),
     case(linear_gating, "gate_ED: the triton backend expects at most 64 experts, got 65", "too-many-experts",

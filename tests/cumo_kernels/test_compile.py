@@ -8,7 +8,7 @@ import cumo_kernels as ck
 from cumo_kernels import reference
 from cumo_kernels.kernels.launch import record_launches
 from tests.cumo_kernels.harness import PLAIN_AND_GATED, make_layer, random_plan
-from tests.numerics import assert_bitwise_equal
+from tests.numerics import assert_bitwise_equal, relative_error
 
 # Dynamo makes one to trace `torch.autograd.Function.apply`, of which the reference is built.
 pytestmark = pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
@@ -228,6 +228,56 @@ def test_backend_forced_after_compilation_is_heeded(device):
         with ck.use_backend(backend), record_launches() as launches:
             compiled(*inputs)
         assert bool(launches) == (backend == "triton")
+
+
+def tangent(x_TD, layer, **options):
+    return torch.func.jvp(lambda x_TD: ck.moe_mlp(x_TD, *layer, **options), (x_TD,), (x_TD,))[1]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_compiled_tangent_of_the_reference_equals_eager(recompute, device):
+    x_TD, *layer = make_layer(device).values()
+    layer[1] = torch.full_like(layer[1], -1).where(layer[1] == 2, layer[1])  # some choices are ignored
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    with ck.use_backend("reference"):
+        expected = tangent(x_TD, layer, recompute=recompute)
+        actual = compiled(x_TD, layer, recompute=recompute)
+    assert relative_error(actual, expected) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_compiled_kernels_refuse_forward_mode(device):
+    x_TD, *layer = make_layer(device).values()
+    compiled = torch.compile(lambda x_TD: ck.moe_mlp(x_TD, *layer), backend="aot_eager")
+    with ck.use_backend("triton"), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x_TD, x_TD)
+        with pytest.raises(RuntimeError, match="moe_mlp: forward-mode differentiation is not implemented"):
+            compiled(dual)
+
+
+@BACKENDS
+def test_gradient_function_of_the_reference_compiles(backend, device):
+    if backend == "triton":
+        pytest.skip("the kernels do not know torch.func.grad")
+    x_TD, *layer = make_layer(device).values()
+    grad = torch.func.grad(lambda x_TD: ck.moe_mlp(x_TD, *layer).square().sum())
+    with ck.use_backend(backend):
+        actual = torch.compile(grad, fullgraph=True, backend="aot_eager")(x_TD)
+        assert relative_error(actual, grad(x_TD)) <= 4 * torch.finfo(torch.float32).eps
+
+
+@BACKENDS
+def test_sizes_may_be_symbolic(backend, device):
+    def route(logits_TE, top_k, segment):
+        routing = ck.topk_gating(logits_TE, top_k, segment)
+        return *routing, *ck.plan_dispatch(routing.expert_TK, logits_TE.shape[1])
+
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager", dynamic=True)
+    with ck.use_backend(backend):
+        for T, top_k, segment in ((12, 2, 4), (15, 3, 5)):
+            logits_TE = torch.randn(T, 4, device=device)
+            pairs = zip(compiled(logits_TE, top_k, segment), route(logits_TE, top_k, segment), strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
 
 
 def test_compiled_inference_keeps_no_pre_activation(device):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`validate()` of both nouns finds each planted fault, and the checks of arguments say what they found."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -126,6 +127,23 @@ def test_segment_of_none_is_everything():
     assert checks.check_segment(None, 12) == 12
     assert checks.check_segment(4, 12) == 4
     assert checks.check_segment(577, 0) == 577
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8, int])
+def test_counts_are_what_has_an_index(kind):
+    routing = ck.topk_gating(torch.randn(12, 4), kind(2), segment=kind(4))
+    assert (routing.weight_TK.shape, routing.z_S.shape) == ((12, 2), (3,))
+    assert ck.plan_dispatch(routing.expert_TK, kind(4)).num_experts == 4
+    counts = checks.check_top_k(kind(2), 4), checks.check_segment(kind(4), 12), checks.check_num_experts(kind(4))
+    assert [type(count) for count in counts] == [int] * 3
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 2.0, np.float64(2), "2", None, torch.tensor(2), -2, np.int64(0)])
+def test_other_things_are_no_counts(value):
+    with pytest.raises(ValueError, match=r"top_k: expected an integer in 1\.\.4"):
+        checks.check_top_k(value, 4)
+    with pytest.raises(ValueError, match="num_experts: expected a positive integer"):
+        checks.check_num_experts(value)
 
 
 def test_public_names_are_these():
