@@ -249,13 +249,14 @@ def grad_row_tile(rows: int) -> RowTile:
 
 
 def gating_tile(segment: int, num_experts: int) -> GatingTile:
-    """One program walks a segment of up to 65536 logits, a score of blocks: that takes about as long as the launch
-    of the second kernel that it saves. Blocks hold 4096 logits, 16 to a thread: with 32 the gradient spills."""
+    """One program walks a segment of up to 16384 logits, four blocks one after the other, which saves the launch of a
+    second kernel; more would leave the device idle. Blocks hold 4096 logits, 16 to a thread: with 32 the gradient
+    spills."""
     e_pad = next_power_of_2(num_experts)
-    logits = 4096 if e_pad < 256 else 2048  # the scatter of K gradients over 256 experts wants more registers still
+    logits = 4096 if e_pad < 256 else 2048  # the scatter of K gradients wants more registers
     block_t = max(1, min(logits // e_pad, next_power_of_2(max(segment, 1))))
     num_warps = 8 if block_t * e_pad >= 2048 else 4
-    return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 65536, num_warps=num_warps)
+    return GatingTile(BLOCK_T=block_t, ONE_PROGRAM=segment * e_pad <= 16384, num_warps=num_warps)
 
 
 def linear_gating_tile(target: Target, num_experts: int) -> LinearGatingTile:
@@ -282,6 +283,7 @@ def dispatch_tile(num_choices: int, num_experts: int) -> DispatchTile:
     there are enough of them; with separate counts they are larger (1024), for each reads the counts of all.
     A ranking step compares BLOCK x BLOCK ids."""
     e_pad = next_power_of_2(num_experts)
+    ids = max(16, 16384 // e_pad)
     if num_choices * e_pad <= 2**18:
-        return DispatchTile(CHUNK=256, BLOCK=64, SCAN=max(64, 16384 // e_pad), COUNTED=False)
-    return DispatchTile(CHUNK=1024, BLOCK=min(128, max(32, 16384 // e_pad)), SCAN=max(1, 8192 // e_pad), COUNTED=True)
+        return DispatchTile(CHUNK=256, BLOCK=min(64, ids), SCAN=ids, COUNTED=False)
+    return DispatchTile(CHUNK=1024, BLOCK=min(128, ids), SCAN=max(1, 8192 // e_pad), COUNTED=True)

@@ -15,7 +15,7 @@ from cumo_kernels.ops.common import check_kernel_dtype, refuse_double_backward, 
 from cumo_kernels.types import Routing
 
 PROBS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_EXPERTS = 256  # a row of logits lives in the registers of one program
+MAX_EXPERTS = 1024  # a row of logits is in the registers of one program
 
 
 @torch.library.custom_op("cumo_kernels::topk_gating", mutates_args=())
@@ -111,7 +111,7 @@ def topk_gating(
         `Routing` with weight_TK in `probs_dtype`, expert_TK int32, balance_S, z_S and mean_probs_SE float32.
 
     Raises:
-        ValueError: an argument does not fit; on the triton backend, more than 256 experts or float64.
+        ValueError: an argument does not fit; on the triton backend, more than 1024 experts or float64.
         RuntimeError: a second derivative on the triton backend.
 
     Examples:
@@ -134,6 +134,9 @@ def topk_gating(
         return reference.topk_gating(logits_TE, top_k, segment, normalize, probs_dtype)
     check_kernel_dtype("logits_TE", logits_TE)
     if size["E"] > MAX_EXPERTS:
-        raise ValueError(f"logits_TE: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}")
+        raise ValueError(
+            f"logits_TE: the triton backend expects at most {MAX_EXPERTS} experts, got {size['E']}; "
+            "use_backend('reference') takes any number"
+        )
     refuse_transforms("topk_gating", logits_TE)
     return Routing(*_topk_gating(logits_TE, top_k, tokens, normalize, probs_dtype)[:5])

@@ -35,7 +35,8 @@ SHAPES = [
     pytest.param(21, 8, 2, 7, id="segments-that-are-no-multiple-of-a-block"),
     pytest.param(33, 60, 4, 11, id="sixty-experts"),
     pytest.param(33, 60, 60, None, id="every-one-of-sixty-experts"),
-    pytest.param(34, 256, 8, 17, id="the-most-experts-the-kernel-takes"),
+    pytest.param(34, 256, 8, 17, id="256-experts"),
+    pytest.param(6, 1024, 10, 3, id="the-most-experts-the-kernel-takes"),
 ]
 
 # The tiles of larger inputs, forced upon small ones.
