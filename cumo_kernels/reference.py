@@ -5,9 +5,10 @@ Every function has the signature of the public operation of its name and is diff
 works on the rows of one expert at a time (never on one image or one token), in any floating-point dtype, and
 traces under `torch.compile(fullgraph=True)`. On CUDA it reads the expert offsets back to the host.
 
-There are three ways to the same numbers. Eager mode reads the expert offsets and has gradients of its own. Where a
-graph or shapes alone are wanted, the loops over experts are operators. In forward-mode differentiation and the
-transforms of `torch.func` all is composed of PyTorch's own operators, which know every transform.
+The same numbers are computed in one of three ways. Eager mode reads the expert offsets and has gradients of its own.
+Where there are no values to read (torch.compile, fake and meta tensors), the loops over experts are custom operators.
+Under forward-mode differentiation and `torch.func`, everything is composed of PyTorch's own operators, which know every
+transform.
 """
 
 from __future__ import annotations

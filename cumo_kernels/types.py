@@ -33,9 +33,10 @@ class Routing(NamedTuple):
     weight_TK: Tensor
     """`weight_TK[t, k]` = gate weight of token t's k-th choice, in the `probs_dtype` of the router."""
     expert_TK: Tensor
-    """`expert_TK[t, k]` = expert of token t's k-th choice, int32, most probable first, ties to the lowest index."""
+    """`expert_TK[t, k]` = expert of token t's k-th choice (int32), most probable first, of equal ones the lowest."""
     balance_S: Tensor
-    """`balance_S[s]` = E sum_e (mean_t p[t, e]) (share of first choices that went to e), over segment s (float32)."""
+    """`balance_S[s]` = E sum_e (mean_t p[t, e]) (share of first choices that went to e), over segment s (float32; this
+    and the next two are float64 if the logits are)."""
     z_S: Tensor
     """`z_S[s]` = mean over segment s of `logsumexp(logits[t]) ** 2` (float32)."""
     mean_probs_SE: Tensor
@@ -104,6 +105,8 @@ class DispatchPlan(NamedTuple):
 
     def validate(self) -> None:
         """Check the invariants. Reads the tensors on the host, so it synchronises: for tests and debugging.
+
+        The operations check shapes, dtypes and devices only, and trust the values.
 
         Raises:
             ValueError: one of them does not hold.

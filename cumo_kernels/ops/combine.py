@@ -79,20 +79,21 @@ refuse_double_backward(combine_backward, "combine")
 def combine(y_NO: Tensor, weight_TK: Tensor, plan: DispatchPlan, residual_TO: Tensor | None = None) -> Tensor:
     """`out[t] = residual[t] + sum_k weight[t, k] y[plan.slot_TK[t, k]]`, summed in float32 in the order of k.
 
-    Ignored choices (slot -1) are left out. Bitwise reproducible: a gather, without atomics.
+    Ignored choices (slot -1) add nothing. Each token gathers its rows, without atomics, so results are bitwise
+    reproducible. Autocast casts nothing here.
 
     Args:
         y_NO: [N, O] rows sorted by expert.
         weight_TK: [T, K] gate weights, any floating-point dtype.
         plan: the layout of the rows.
-        residual_TO: [T, O] added before the one rounding to the dtype of `y_NO`; None for 0.
+        residual_TO: [T, O] in the dtype of `y_NO`, added before the one rounding to it; or None.
 
     Returns:
         [T, O] in the dtype of `y_NO`.
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck

@@ -121,11 +121,11 @@ def grouped_gemm(
 ) -> Tensor:
     """`h[n] = act(W[e] x[n] + b[e])` for the rows n of expert e; rows of no expert are zero.
 
-    Accumulates in float32 (float64 for float64). Under autocast the inputs are cast as for a linear layer.
+    Accumulates in float32 (float64 for float64). Autocast casts x, w and bias, as for a linear layer.
 
     Args:
         x_ND: [N, D] rows sorted by expert.
-        w_EFD: [E, F, D] weights, each expert as in `nn.Linear`; a transposed view is read in place.
+        w_EFD: [E, F, D] weights, each expert's as in `nn.Linear`; a transposed view is not copied.
         plan: the layout of the rows.
         bias_EF: [E, F], or None.
         activation: a name in `cumo_kernels.ACTIVATIONS`, or None.
@@ -135,7 +135,7 @@ def grouped_gemm(
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck

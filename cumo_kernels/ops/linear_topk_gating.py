@@ -107,7 +107,7 @@ def linear_topk_gating(
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, more than 64 experts or float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck

@@ -177,30 +177,30 @@ def moe_mlp(
     """`y[t] = residual[t] + sum_k weight[t, k] (W2[e] act(W1[e] x[t] + b1[e]) + b2[e])` with `e = expert[t, k]`.
 
     Accumulates in float32 (float64 for float64); the order of every sum is fixed, so results are bitwise
-    reproducible. On the triton backend the backward saves x and the pre-activation z only (formulation of SonicMoE,
-    arXiv 2512.14080) and cannot itself be differentiated. Under autocast x, weights and biases are cast as for a
-    linear layer.
+    reproducible. On the triton backend only x and the pre-activation z are saved for the backward (formulation of
+    SonicMoE, arXiv 2512.14080), which cannot be differentiated again. Autocast casts x, w1, w2, b1 and b2, as for a
+    linear layer, but not weight_TK.
 
     Args:
         x_TD: [T, D] tokens; float16, bfloat16, float32, or float64 on the reference backend.
-        weight_TK: [T, K] gate weights, any of these dtypes.
-        expert_TK: [T, K] expert ids, int32 or int64; ids outside 0..E-1 are ignored and leave their weight out.
-        w1_EFD: [E, F, D] up projections, each as in `nn.Linear`; [E, 2F, D] with the gate rows first if `gated`.
+        weight_TK: [T, K] gate weights, any of these dtypes, K >= 1.
+        expert_TK: [T, K] expert ids, int32 or int64. A choice whose id is outside 0..E-1 adds nothing to the sum.
+        w1_EFD: [E, F, D] up projections, E >= 1, each as in `nn.Linear`; [E, 2F, D], gate rows first, if `gated`.
         w2_EOF: [E, O, F] down projections.
         b1_EF: [E, F] ([E, 2F] if `gated`), or None.
         b2_EO: [E, O], or None.
         activation: a name in `cumo_kernels.ACTIVATIONS`.
         gated: act(gate) * up in place of act(up), as in SwiGLU (arXiv 2002.05202).
         recompute: save x only, and run the up projection once more in the backward.
-        residual_TO: [T, O] added in float32 before the one rounding of the output, or None. Never cast, lest a wider
-            stream be rounded unnoticed: it has to have the dtype of the output.
+        residual_TO: [T, O] added in float32 before the one rounding of the output, or None. Not cast: it must already
+            have the output's dtype, so that a wider residual is never rounded silently.
 
     Returns:
         [T, O] in the dtype of `x_TD` (of autocast, if on).
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck

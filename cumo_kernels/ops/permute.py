@@ -64,7 +64,7 @@ def permute(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck

@@ -28,10 +28,10 @@ def _(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def plan_dispatch(expert_TK: Tensor, num_experts: int) -> DispatchPlan:
-    """Sort the N = T * K choices by expert (stable counting sort), without a look at the host.
+    """Sort the N = T * K choices by expert (a stable counting sort), without waiting for the device.
 
-    Ids outside 0..E-1, the sentinels of expert parallelism, are ignored: their rows come last and their weight is
-    left out of every sum.
+    Choices whose id is outside 0..E-1, such as the sentinels of expert parallelism, are ignored: their rows come last,
+    belong to no expert and add nothing to any sum.
 
     Args:
         expert_TK: [T, K] expert ids, int32 or int64.

@@ -93,26 +93,28 @@ def topk_gating(
 ) -> Routing:
     """Route every token to its `top_k` most probable experts, and compute the auxiliary losses of the routing.
 
-    p = softmax(logits) in float32, rounded to `probs_dtype`; the K largest are selected, ties going to the lowest
-    index, and divided by their sum (in `probs_dtype`) if `normalize`. Balance loss (Switch, arXiv 2101.03961,
-    eq. 4, over first choices as in CuMo, arXiv 2405.05949) and z-loss (ST-MoE, arXiv 2202.08906, eq. 5) are
-    computed per segment in the same pass; gradients flow through the weights, the mean probabilities and the
+    p = softmax(logits) in float32, rounded to `probs_dtype`. The K largest are selected, the lower index first where
+    they are equal, and divided by their sum (in `probs_dtype`) if `normalize`. The balance loss (Switch, arXiv
+    2101.03961, eq. 4, over first choices as in CuMo, arXiv 2405.05949) and the z-loss (ST-MoE, arXiv 2202.08906, eq. 5)
+    are computed per segment in the same pass. Gradients flow through the weights, the mean probabilities and the
     logsumexp, not through the selection. A token with a NaN logit gets NaN weights.
 
     Args:
         logits_TE: [T, E] router logits, any floating-point dtype (float64 on the reference backend only).
         top_k: K, 1 <= K <= E.
-        segment: tokens per segment (an image), a divisor of T; None makes one segment of all.
+        segment: tokens per segment (an image), a divisor of T; None for one segment of all tokens, even of none.
         normalize: divide the selected probabilities by their sum.
         probs_dtype: float32, or bfloat16 / float16 to round the probabilities before the selection as the published
             CuMo does in bfloat16. With float64 logits, float32 means "not rounded".
 
     Returns:
-        `Routing` with weight_TK in `probs_dtype`, expert_TK int32, balance_S, z_S and mean_probs_SE float32.
+        `Routing` with weight_TK in `probs_dtype`, expert_TK int32, and balance_S, z_S and mean_probs_SE in float32; for
+        float64 logits the losses and mean_probs_SE are float64, and so is weight_TK if `probs_dtype` is float32.
+        S = T / segment: no tokens make no segment, and the mean over no segment, `balance_S.mean()`, is NaN.
 
     Raises:
         ValueError: an argument does not fit; on the triton backend, more than 1024 experts or float64.
-        RuntimeError: a second derivative on the triton backend.
+        RuntimeError: on the triton backend, a second derivative, forward-mode differentiation or `torch.func.grad`.
 
     Examples:
         >>> import torch, cumo_kernels as ck
