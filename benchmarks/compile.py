@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [
         f"{source.name}: {fault}"
         for source, fact in zip(distinct, facts, strict=True)
-        for fault in faults(options.arch, options.dtype, source, fact)
+        for fault in faults(options.arch, source, fact)
     ]
     print(f"{options.arch}: {len(distinct)} kernels of {len(GPU)} workloads compiled")
     print("\n".join(wrong) or "no spills; tensor cores and TMA wherever they are due")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m cumo_kernels.inspect --arch sm_90`: compile every kernel at every tile it ships, without a GPU.
+"""`python -m cumo_kernels.inspect --arch sm_90`: compile every kernel with every tile that is in use, without a GPU.
 
-Prints registers, spilled bytes, shared memory and the number of tensor-core and TMA instructions of each, for the
-shapes of CuMo and some others. What stands here are facts of the compiler; none of them is a time.
+For the shapes of CuMo and some others, prints the registers, spilled bytes, shared memory and the number of tensor-core
+and TMA instructions of each kernel. All of these are facts of the compiler; none of them is a time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,13 +20,40 @@ from torch import Tensor
 
 from cumo_kernels.backend import interpreted
 from cumo_kernels.ops.linear_topk_gating import MAX_EXPERTS
-from cumo_kernels.tiling import Target
+from cumo_kernels.tiling import GemmTile, Target, use_tiles
+from cumo_kernels.tuned import Key
 
 if TYPE_CHECKING:
     from cumo_kernels.kernels.compile import Facts, Source
+    from cumo_kernels.kernels.launch import Launch
 
-# Streaming multiprocessors: they bound grids and so never change what is compiled.
-TARGETS = {"sm_80": Target.cuda(80, 108), "sm_90": Target.cuda(90, 132), "sm_100": Target.cuda(100, 148)}
+# The numbers of streaming multiprocessors bound grids only and never change what is compiled.
+TARGETS = {
+    "sm_80": Target.cuda(80, 108),
+    "sm_86": Target.cuda(86, 84),
+    "sm_89": Target.cuda(89, 142),
+    "sm_90": Target.cuda(90, 132),
+    "sm_100": Target.cuda(100, 148),
+    "sm_103": Target.cuda(103, 148),
+    "sm_120": Target.cuda(120, 170),
+}
+# The most shared memory of a block (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+SHARED_BYTES = {
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    110: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
+# ptxas may spill a few bytes although there are registers left, to fit another block on a multiprocessor: no fault.
+ALL_REGISTERS, TRADED_BYTES = 248, 16  # of 255, allocated eight at a time
+# Matrix products: warp-group MMA, fifth-generation MMA, and else MMA of a warp.
+TENSOR_CORES = {"sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_103": "UTCMMA"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -59,51 +88,110 @@ CASES = (
 
 
 def sources(case: Case, target: Target, dtype: torch.dtype) -> list[Source]:
-    """Everything the layer of `case` launches on `target`, forward and backward, each distinct kernel once."""
+    """The kernels of `launches_of`, each once."""
     from cumo_kernels.kernels.compile import source_of
+
+    return list(dict.fromkeys(map(source_of, launches_of(case, target, dtype))))
+
+
+def launches_of(case: Case, target: Target, dtype: torch.dtype) -> list[Launch]:
+    """Everything that a router and a layer of `case` launch on `target`, forward and backward, in all dtypes of router,
+    gate weights and expert ids that are usual beside experts in `dtype`."""
     from cumo_kernels.kernels.launch import record_launches
 
     with record_launches(dry_run_for=target) as launches:
-        _walk(case, dtype)
-    return list(dict.fromkeys(map(source_of, launches)))
+        _walk_router(case, dtype)
+        for weight_dtype in dict.fromkeys((torch.float32, dtype)):
+            _walk_layer(case, dtype, weight_dtype)
+            _walk_layer(case, dtype, weight_dtype, recompute=True, residual=True)
+        _walk_parts(case, dtype)
+    return launches
 
 
-def _walk(case: Case, dtype: torch.dtype) -> None:
-    """Call every launcher with tensors that have shapes only."""
-    from cumo_kernels.kernels import dispatch, fused_mlp, gating, grad_rows, grouped_gemm, linear_gating, permute
+def layer_tiles(case: Case, target: Target, dtype: torch.dtype, backward: bool) -> dict[Key, GemmTile]:
+    """The tiles in use on `target` for the GEMMs of a layer, by key."""
+    from cumo_kernels.kernels.launch import record_launches
+
+    with record_launches(dry_run_for=target), use_tiles({}) as asked:
+        _walk_layer(case, dtype, dtype, backward=backward)
+    return asked
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that has a shape only: the launchers look at nothing else."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _walk_router(case: Case, dtype: torch.dtype) -> None:
+    """Tokens and gate in the dtype of the experts, the gate alone in float32 as routers like it, or both in float32 as
+    under autocast; probabilities rounded or not; ids as the gating makes them, or int64 as torch.topk does."""
+    from cumo_kernels.kernels import dispatch, gating, linear_gating
+
+    T, K, E, segment, float32 = case.T, case.K, case.E, case.segment or case.T, torch.float32
+    for probs_dtype in dict.fromkeys((float32, dtype)):
+        for x_dtype, gate_dtype in dict.fromkeys([(dtype, dtype), (dtype, float32), (float32, float32)]):
+            if E <= MAX_EXPERTS:
+                x, gate = _empty(T, case.D, dtype=x_dtype), _empty(E, case.D, dtype=gate_dtype)
+                *_, logits = linear_gating.linear_gating_forward(x, gate, K, segment, True, probs_dtype)
+                for need_x in (True, False):
+                    linear_gating.linear_gating_backward(logits, x, gate, need_x, True)
+        for logits_dtype in dict.fromkeys((float32, dtype)):
+            logits = _empty(T, E, dtype=logits_dtype)
+            weight, expert, balance, z, probs, share = gating.topk_gating_forward(logits, K, segment, True, probs_dtype)
+            gating.topk_gating_backward(logits, expert, share, weight, balance, z, None, segment, True)
+    logits, weight = logits.float(), weight.float()
+    gating.topk_gating_backward(logits, expert, share, weight, balance, z, probs, segment, True)
+    gating.topk_gating_backward(logits, expert, share, weight, None, None, None, segment, True)
+    for ids_dtype in (torch.int32, torch.int64):
+        dispatch.plan_dispatch(_empty(T, K, dtype=ids_dtype), E)
+
+
+def _walk_layer(
+    case: Case,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+    residual: bool = False,
+    backward: bool = True,
+) -> None:
+    """The fused layer with all gradients; with `recompute` without that of its input, as behind a frozen model."""
+    from cumo_kernels.kernels import dispatch, fused_mlp
 
     T, K, E, D, F, O = case.T, case.K, case.E, case.D, case.F, case.O
     F1 = 2 * F if case.gated else F
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, dy, w1, w2 = empty(T, D), empty(T, O), empty(E, F1, D), empty(E, O, F)
+    empty = partial(_empty, dtype=dtype)
     b1, b2 = (empty(E, F1), empty(E, O)) if case.bias else (None, None)
-    logits, segment = empty(T, E, dtype=torch.float32), case.segment or T
-    weight, expert, balance, z, probs, share = gating.topk_gating_forward(logits, K, segment, True, torch.float32)
-    if E <= MAX_EXPERTS:
-        linear_gating.linear_gating_forward(x, empty(E, D), K, segment, True, torch.float32)
-    gating.topk_gating_backward(logits, expert, share, weight, balance, z, probs, segment, True)
-    token, route, slot, offset = dispatch.plan_dispatch(expert, E)
-    for need_x in (True, False):
-        z_NF = empty(T * K, F1) if need_x else None  # the second time as with recompute=True and frozen inputs
-        args = (x, weight, w1, w2, b1, b2)
-        fused_mlp.moe_mlp_forward(*args, dy, token, slot, offset, case.activation, case.gated, need_x)
-        need = [need_x, True, True, True, b1 is not None, b2 is not None]
-        fused_mlp.moe_mlp_backward(dy, *args, z_NF, token, route, slot, offset, case.activation, case.gated, need)
-    rows = permute.permute_forward(x, token)
-    permute.combine_backward(dy, empty(T * K, O), weight, token, route)
+    args = (empty(T, D), _empty(T, K, dtype=weight_dtype), empty(E, F1, D), empty(E, O, F), b1, b2)
+    token, route, slot, offset = dispatch.plan_dispatch(_empty(T, K, dtype=torch.int32), E)
+    y, z = fused_mlp.moe_mlp_forward(
+        *args, empty(T, O) if residual else None, token, slot, offset, case.activation, case.gated, not recompute
+    )
+    if backward:
+        need = [not recompute, True, True, True, b1 is not None, b2 is not None]
+        fused_mlp.moe_mlp_backward(y, *args, z, token, route, slot, offset, case.activation, case.gated, need)
+
+
+def _walk_parts(case: Case, dtype: torch.dtype) -> None:
+    """What the operations launch by themselves and the fused layer does not."""
+    from cumo_kernels.kernels import dispatch, grad_rows, grouped_gemm, permute
+
+    T, K, E, D, F, O = case.T, case.K, case.E, case.D, case.F, case.O
+    empty = partial(_empty, dtype=dtype)
+    token, route, _, offset = dispatch.plan_dispatch(_empty(T, K, dtype=torch.int32), E)
+    rows = permute.permute_forward(empty(T, D), token)
+    permute.combine_backward(empty(T, O), empty(T * K, O), _empty(T, K, dtype=torch.float32), token, route)
     if not case.gated:
-        h, z_saved = grouped_gemm.grouped_gemm_forward(
-            rows, w1, offset, T * K, bias_EN=b1, activation=case.activation, save_z=True, zero_tail=True
-        )
+        h, z = grouped_gemm.grouped_gemm_forward(
+            rows, empty(E, F, D), offset, T * K, bias_EN=empty(E, F) if case.bias else None,
+            activation=case.activation, save_z=True, zero_tail=True,
+        )  # fmt: skip
         assert h is not None
-        grad_rows.activation_grad(h, z_saved, offset, case.activation, case.bias)
+        grad_rows.activation_grad(h, z, offset, case.activation, case.bias)
 
 
 def report(arch: str, dtype: str, workers: int) -> Iterator[tuple[Case, Source, Facts]]:
-    """Compile all cases for `arch`; yields what is new in each, in order."""
+    """Compile all cases for `arch`; yields each kernel once, with the first case that launches it."""
     from cumo_kernels.kernels.compile import compile_source
 
     target = TARGETS[arch]
@@ -116,12 +204,36 @@ def report(arch: str, dtype: str, workers: int) -> Iterator[tuple[Case, Source, 
         yield from zip(seen.values(), seen, facts, strict=True)
 
 
-def faults(arch: str, dtype: str, source: Source, facts: Facts) -> list[str]:
-    """What is wrong with a compiled kernel: spills, a matrix product off the tensor cores, a descriptor without TMA."""
-    found = [f"{facts.spill_bytes} bytes spilled"] if facts.spill_bytes else []
-    expected = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA"}[arch]
-    # 16-row tiles do not fill the instructions of sm_100, which have at least 64 rows
-    if source.has_dot and dtype != "fp32" and not facts.instructions[expected]:
+def operands(source: Source) -> tuple[str, ...]:
+    """Dtypes of the two operands of a kernel's matrix product, as Triton names them; () if there is none."""
+    if source.name.startswith("linear_gating"):
+        names = ["dlogits_ptr" if source.name.endswith("backward") else "gate_ptr", "x_ptr"]
+    elif source.has_dot:
+        names = [source.signature[0][0]] * 2  # both have the same
+    else:
+        return ()
+    types = dict(source.signature)
+    return tuple(types[name].removeprefix("*").removeprefix("tensordesc<").split("[")[0] for name in names)
+
+
+def on_cuda_cores(source: Source) -> bool:
+    """Whether a product of float32 numbers is meant to be exact, which tensor cores cannot do: a router's with a gate
+    in float32, or experts in float32."""
+    return "fp32" in operands(source)
+
+
+def faults(arch: str, source: Source, facts: Facts) -> list[str]:
+    """What is wrong with a compiled kernel: spills, too much shared memory, no tensor cores or no TMA where they are
+    due."""
+    traded = facts.registers < ALL_REGISTERS and facts.spill_bytes <= TRADED_BYTES
+    found = [f"{facts.spill_bytes} bytes spilled"] if facts.spill_bytes and not traded else []
+    limit = SHARED_BYTES[TARGETS[arch].arch]
+    if facts.shared_bytes > limit:
+        found.append(f"{facts.shared_bytes >> 10} KB of shared memory, {arch} has {limit >> 10}")
+    expected = TENSOR_CORES.get(arch, "HMMA")
+    if expected == "UTCMMA" and source.name == "linear_gating":
+        expected = "HMMA"  # its 32 rows do not fill the instruction, which has at least 64
+    if operands(source) and not on_cuda_cores(source) and not facts.instructions[expected]:
         found.append(f"no {expected}")
     if any(kind.startswith("tensordesc") for _, kind in source.signature) and not facts.instructions["TMA"]:
         found.append("descriptors without TMA")
@@ -136,6 +248,12 @@ def _row(source: Source, facts: Facts) -> str:
     options = dict(source.options)
     counts = " ".join(f"{name} {count}" for name, count in facts.instructions.items() if count)
     flags = [name for name in ("GATED", "GATHER", "SWAP", "X_TMA", "W_TMA", "G_TMA") if source.constant(name)]
+    if on_cuda_cores(source):
+        flags.append(f"{' x '.join(operands(source))} on CUDA cores")
+    pointees = [kind[1:] for _, kind in source.signature if kind.startswith("*")]
+    floats = [name for name, _ in groupby(name for name in pointees if name != "i32")]
+    if len(floats) > 1:
+        flags.append(",".join(floats))
     tile = "x".join(map(str, blocks))
     return (
         f"  {source.name:22} {tile:>11} {options['num_warps']:>2}w {options.get('num_stages', '-'):>1}s "
@@ -150,23 +268,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=["sm_90"], help="architectures to compile for")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--workers", type=int, default=2, help="kernels compiled at a time")
-    parser.add_argument(
-        "--fail-on-spill", action="store_true", help="exit with 1 on spills, or where tensor cores or TMA stay unused"
-    )
+    parser.add_argument("--fail-on-spill", action="store_true", help="exit with 1 if any kernel has a fault")
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile")
-    failed = False
+    failed, exact, traded = False, 0, 0
     for arch in options.arch:
         shown = None
         for case, source, facts in report(arch, options.dtype, options.workers):
             if case != shown:
                 print(f"{arch} {options.dtype}: {case.name}")
                 shown = case
-            wrong = faults(arch, options.dtype, source, facts)
+            wrong = faults(arch, source, facts)
+            exact += on_cuda_cores(source)
+            traded += bool(facts.spill_bytes) and not any("spilled" in fault for fault in wrong)
             print(_row(source, facts) + (f"  <-- {', '.join(wrong)}" if wrong else ""), flush=True)
             failed |= bool(wrong)
     print("faults found" if failed else "no spills; tensor cores and TMA wherever they are due")
+    print(f"by design: {exact} kernels multiply float32 on CUDA cores, as tensor cores would round it")
+    if traded:
+        print(f"by ptxas: {traded} kernels spill up to {TRADED_BYTES} bytes to fit another block on a multiprocessor")
     return int(failed and options.fail_on_spill)
 
 

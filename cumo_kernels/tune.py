@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m cumo_kernels.tune`: search the tiles of the GEMMs for given layers, on the card at hand.
+"""`python -m cumo_kernels.tune`: search for faster tiles of the GEMMs of given layers, on the card at hand.
 
-From the tile that is in use, one field at a time is changed, and what is faster is kept, until nothing is or the time
-is up. A candidate's output and gradients have to equal those of the tiles in use before it counts. Writes a table for
-CUMO_TUNED_TILES (see `cumo_kernels.tuned`), sorted, with card, versions and gain beside each tile. Nothing in this
-package tunes by itself.
+The search starts from the tiles in use and changes one field at a time. It keeps a change that makes the layers faster,
+and ends when no change does or the time is up. A candidate counts only if the layers' outputs and gradients equal those
+of the tiles in use. Layers whose GEMMs share a key (`cumo_kernels.tuned.Key`) are tuned together, on the sum of their
+times. The result is a table for CUMO_TUNED_TILES; each tile stands beside its card, versions, layers and gain. This
+package never tunes on its own.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from cumo_kernels import inspect, tiling
 from cumo_kernels.backend import interpreted, use_backend
 from cumo_kernels.inspect import CASES, Case
 from cumo_kernels.ops.moe_mlp import moe_mlp
-from cumo_kernels.tiling import GemmTile, Target
+from cumo_kernels.tiling import GemmTile
 from cumo_kernels.tuned import Key, key_of, read_entries
 
-# What each field may become. Sides from what one warp group multiplies up to what its registers hold.
+# The values that are tried for each field. Sides: from what a warp group multiplies to what its registers hold.
 CHOICES: dict[str, tuple[int, ...]] = {
     "BLOCK_M": (64, 128, 256),
     "BLOCK_N": (64, 128, 256),
@@ -41,32 +42,47 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "SLICES": (1, 2, 4, 8),
     "programs_per_sm": (1, 2),
 }
-# Shared memory of a block, as the CUDA programming guide has it; 0 is the interpreter, which has no limit.
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 0: 227 << 10}
-DECODE_TOKENS = 64  # up to so many, a layer serves inference: its forward alone is timed
+DECODE_TOKENS = 64  # a layer of at most so many tokens serves inference
 RUNS = 20
-LEAST_GAIN = 0.01  # below, a difference is noise
-# Tiles differ in the order of sums only, by a few roundings.
+LEAST_GAIN = 0.01  # a smaller difference is noise
+# Tiles differ only in the order of their sums, which is a few roundings.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 Timer = Callable[[Callable[[], object]], float]
 
 
+def shared_bytes(arch: int) -> int:
+    """The most shared memory of a block: of the card at hand if it is of this architecture, else from a table.
+
+    Raises:
+        ValueError: it is of another architecture, which the table does not have.
+    """
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties()
+        if properties.major * 10 + properties.minor == arch:
+            return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    limits = {tiling.INTERPRETER.arch: max(inspect.SHARED_BYTES.values()), **inspect.SHARED_BYTES}
+    if arch not in limits:
+        known = ", ".join(f"sm_{known}" for known in inspect.SHARED_BYTES)
+        raise ValueError(f"arch: expected the card at hand or one of {known}, got sm_{arch}")
+    return limits[arch]
+
+
 def is_legal(tile: GemmTile, key: Key) -> bool:
-    """Whether a kernel could be made of a tile: the buffers of all stages fit in shared memory, slices have at least
-    the 16 columns of a matrix product, and accumulators leave registers for what else is needed."""
+    """Whether a tile can be compiled: the buffers of all stages fit in shared memory, slices have at least the 16
+    columns of a matrix product, and accumulators leave registers for everything else."""
     operands = tile.BLOCK_M + tile.BLOCK_N * (2 if key.kind == "gated" else 1)
     buffers = operands * tile.BLOCK_K * (4 if key.dtype == "float32" else 2) * tile.num_stages
     accumulators = tile.BLOCK_M * tile.BLOCK_N * (2 if key.kind in ("gated", "dact_gated") else 1)
     return (
-        buffers * tile.programs_per_sm <= SHARED_BYTES[key.arch]
+        buffers * tile.programs_per_sm <= shared_bytes(key.arch)
         and tile.BLOCK_N // tile.SLICES >= 16
         and accumulators <= 128 * 32 * tile.num_warps  # 128 of 255 registers of each thread
     )
 
 
 def neighbours(tile: GemmTile, key: Key) -> Iterator[GemmTile]:
-    """Legal tiles that differ in one field; a decode tile (swapped, of 16 rows) stays one."""
+    """Legal tiles that differ in one field. The rows of a decode tile (swapped, 16 rows) do not change."""
     for name, choices in CHOICES.items():
         if name == "BLOCK_M" and tile.SWAP:
             continue
@@ -76,8 +92,13 @@ def neighbours(tile: GemmTile, key: Key) -> Iterator[GemmTile]:
                 yield changed
 
 
+def is_trained(case: Case) -> bool:
+    """Whether a layer is for training: then its backward is timed too."""
+    return case.T > DECODE_TOKENS
+
+
 class Layer:
-    """A case with random inputs, to be run and timed."""
+    """A case with random inputs."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -87,7 +108,7 @@ class Layer:
             return tensor.to(dtype).requires_grad_()
 
         up = case.F * (2 if case.gated else 1)
-        self.case, self.backward = case, case.T > DECODE_TOKENS
+        self.case, self.backward = case, is_trained(case)
         scores_TE = torch.rand(case.T, case.E, generator=generator, device=device)
         self.expert_TK = scores_TE.topk(case.K, dim=1).indices.int()
         self.leaves = [
@@ -100,7 +121,7 @@ class Layer:
         self.dy_TO = normal(case.T, case.O).detach()
 
     def run(self) -> list[Tensor]:
-        """Output, and the gradients where the layer is one for training."""
+        """Returns the output, and of a layer for training all gradients."""
         x, weight, w1, w2, *biases = self.leaves
         b1, b2 = biases or (None, None)
         case = self.case
@@ -112,7 +133,7 @@ class Layer:
 
 
 def agrees(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether all tensors are equal up to rounding."""
+    """Whether all tensors are equal but for rounding."""
     for a, e in zip(actual, expected, strict=True):
         error = (a.double() - e.double()).norm() / e.double().norm().clamp_min(1e-30)
         if not error.item() <= TOLERANCE[e.dtype]:  # NaN is not
@@ -121,7 +142,7 @@ def agrees(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def median_ms(run: Callable[[], object]) -> float:
-    """Milliseconds of a run on a GPU, by events."""
+    """Median milliseconds of a run on a GPU, between events."""
     for _ in range(3):
         run()
     samples = []
@@ -135,110 +156,174 @@ def median_ms(run: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
+@dataclass
+class Timed:
+    """A layer with what the search knows of it."""
+
+    layer: Layer
+    expected: list[Tensor]
+    tiles: dict[Key, GemmTile]
+    """Those in use before the search."""
+    first_ms: float
+    best_ms: float
+
+
 class Search:
-    """Finds the tiles of one layer.
+    """Finds tiles for layers that share keys, such that the sum of their times is least.
 
     Args:
-        layer: to be run.
-        timer: milliseconds of a function.
-        deadline: of `clock`; nothing new is tried after it.
-        log: gets a line for each candidate.
+        layers: to be run.
+        timer: returns the milliseconds of a function.
+        deadline: of `clock`; no candidate is tried after it.
+        log: receives a line for each candidate.
+        clock: returns the time in seconds.
     """
 
     def __init__(
-        self, layer: Layer, timer: Timer, deadline: float, log: Callable[[str], None], clock: Callable[[], float]
+        self,
+        layers: Sequence[Layer],
+        timer: Timer,
+        deadline: float,
+        log: Callable[[str], None],
+        clock: Callable[[], float],
     ) -> None:
-        self.layer, self.timer, self.deadline, self.log, self.clock = layer, timer, deadline, log, clock
+        self.timer, self.deadline, self.log, self.clock = timer, deadline, log, clock
         self.found: dict[Key, GemmTile] = {}
+        self.timed = [self._begin(layer) for layer in layers]
+
+    def _begin(self, layer: Layer) -> Timed:
         with tiling.use_tiles({}) as asked:
-            self.expected = layer.run()
-            self.first_ms = self.best_ms = timer(layer.run)
-        self.keys = dict(asked)
+            expected = layer.run()
+            ms = self.timer(layer.run)
+        return Timed(layer, expected, dict(asked), ms, ms)
+
+    def users(self, key: Key) -> list[Timed]:
+        """The layers with a GEMM of this key."""
+        return [timed for timed in self.timed if key in timed.tiles]
 
     def run(self) -> dict[Key, GemmTile]:
-        """What is faster than what is in use, by key."""
+        """Returns, per key, a tile that is faster than the one in use."""
+        initial = {key: tile for timed in self.timed for key, tile in timed.tiles.items()}
         improved = True
         while improved:
             improved = False
-            for key in self.keys:
-                improved |= self._improve(key)
+            for key, tile in initial.items():
+                improved |= self._improve(key, self.found.get(key, tile))
         self._confirm()
         return self.found
 
     def _confirm(self) -> None:
-        """Time both ends once more, one after the other: cards drift. What is no gain then is given up."""
+        """Time each layer again with the tiles from before and with those found, for clocks drift; give up all that was
+        found if it is no gain in sum."""
         if not self.found:
             return
-        self.first_ms = self.timer(self.layer.run)
-        with tiling.use_tiles(self.found):
-            self.best_ms = self.timer(self.layer.run)
-        if self.best_ms > (1 - LEAST_GAIN) * self.first_ms:
-            self.log(f"{self.best_ms:.3f} ms is no gain over {self.first_ms:.3f} ms, timed once more")
-            self.found, self.best_ms = {}, self.first_ms
+        for timed in self.timed:
+            timed.first_ms = self.timer(timed.layer.run)
+            with tiling.use_tiles(self.found):
+                timed.best_ms = self.timer(timed.layer.run)
+        first_ms, best_ms = total_ms(self.timed)
+        if best_ms > (1 - LEAST_GAIN) * first_ms:
+            self.log(f"{best_ms:.3f} ms is no gain over {first_ms:.3f} ms, timed once more")
+            self.found = {}
+            for timed in self.timed:
+                timed.best_ms = timed.first_ms
 
-    def _improve(self, key: Key) -> bool:
-        """Try every neighbour of a key's tile once, from the best one so far."""
-        improved = False
-        for tile in list(neighbours(self.found.get(key, self.keys[key]), key)):
+    def _improve(self, key: Key, tile: GemmTile) -> bool:
+        """Try every neighbour of a tile once, and keep the best; returns whether one is better than the tile."""
+        improved, users = False, self.users(key)
+        for candidate in neighbours(tile, key):
             if self.clock() >= self.deadline:
                 return False
-            ms = self._try(key, tile)
-            if ms is not None and ms < (1 - LEAST_GAIN) * self.best_ms:
-                self.found[key], self.best_ms, improved = tile, ms, True
+            times = self._try(key, candidate, users)
+            if times is not None and sum(times) < (1 - LEAST_GAIN) * total_ms(users)[1]:
+                self.found[key], improved = candidate, True
+                for timed, ms in zip(users, times, strict=True):
+                    timed.best_ms = ms
         return improved
 
-    def _try(self, key: Key, tile: GemmTile) -> float | None:
-        """Time of the layer with one more tile changed; None if it is wrong, or cannot be compiled or launched."""
-        told = f"{key.kind} n={key.n} {tile}"
+    def _try(self, key: Key, tile: GemmTile, users: Sequence[Timed]) -> list[float] | None:
+        """Time of each layer with one more tile changed; None if a result is wrong, or a kernel cannot be compiled or
+        launched."""
+        label = f"{key.kind} n={key.n} k<={key.k} {tile}"
         with tiling.use_tiles({**self.found, key: tile}):
             try:
-                if not agrees(self.layer.run(), self.expected):
-                    self.log(f"wrong   {told}")
+                if not all(agrees(timed.layer.run(), timed.expected) for timed in users):
+                    self.log(f"wrong   {label}")
                     return None
-                ms = self.timer(self.layer.run)
+                times = [self.timer(timed.layer.run) for timed in users]
             except Exception as error:  # noqa: BLE001  out of resources, or a compiler that gives up: not a candidate
-                self.log(f"failed  {told}: {type(error).__name__}")
+                self.log(f"failed  {label}: {type(error).__name__}")
                 return None
-        self.log(f"{ms:7.3f} {told}")
-        return ms
+        self.log(f"{sum(times):7.3f} {label}")
+        return times
 
 
-def _entries(search: Search, case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """What the table says of each tile found."""
+def total_ms(timed: Sequence[Timed]) -> tuple[float, float]:
+    """Milliseconds of layers together, before the search and with the tiles found."""
+    return sum(one.first_ms for one in timed), sum(one.best_ms for one in timed)
+
+
+def entries_of(search: Search, device: torch.device) -> list[dict[str, Any]]:
+    """One entry of a table for each tile found. Its gain is that of all tiles found, over the layers that use this one;
+    their times stand beside it."""
     import triton
 
-    return [
-        {
+    entries = []
+    for key, tile in search.found.items():
+        users = search.users(key)
+        first_ms, best_ms = total_ms(users)
+        entries.append({
             **key._asdict(),
             "tile": asdict(tile),
-            "gain_of_layer": round(search.first_ms / search.best_ms, 4),
-            "layer": case.name,
-            "pass": "both" if search.layer.backward else "forward",
+            "gain_of_layers": round(first_ms / best_ms, 4),
+            "layers": {
+                timed.layer.case.name: {
+                    "pass": "both" if timed.layer.backward else "forward",
+                    "before_ms": round(timed.first_ms, 4),
+                    "after_ms": round(timed.best_ms, 4),
+                }
+                for timed in users
+            },
             "card": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-        }
-        for key, tile in search.found.items()
-    ]
+        })  # fmt: skip
+    return entries
 
 
-def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Add entries to a table, in place of those of the same keys; sorted.
+def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add entries to a table, which stays sorted; returns the entries of the same keys that they replace.
 
     Raises:
-        ValueError: the file is there and is no table.
+        ValueError: the file exists and is no table.
     """
-    merged = {key_of(entry): entry for entry in [*(read_entries(path) if path.is_file() else []), *entries]}
+    merged = {key_of(entry): entry for entry in (read_entries(path) if path.is_file() else [])}
+    replaced = [merged[key] for key in map(key_of, entries) if key in merged]
+    merged |= {key_of(entry): entry for entry in entries}
     aside = path.with_name(path.name + ".incomplete")
     aside.write_text(json.dumps([merged[key] for key in sorted(merged)], indent=1) + "\n")
     aside.replace(path)
+    return replaced
+
+
+def groups_of(cases: Sequence[Case], keys: Callable[[Case], Iterable[Key]]) -> list[list[Case]]:
+    """The cases in groups such that no key is of two groups."""
+    groups: list[tuple[set[Key], list[Case]]] = []
+    for case in cases:
+        all_keys, members = set(keys(case)), [case]
+        for group in [group for group in groups if group[0] & all_keys]:
+            groups.remove(group)
+            all_keys, members = all_keys | group[0], members + group[1]
+        groups.append((all_keys, sorted(members, key=cases.index)))
+    return [members for _, members in groups]
 
 
 def compile_candidates(case: Case, arch: str, dtype: str) -> Iterator[tuple[Key, GemmTile, int, int]]:
-    """Without a GPU: every neighbour of the tiles in use, with the registers and spilled bytes of its kernels."""
+    """Compile every neighbour of the tiles in use, without a GPU; yields it with the registers and spilled bytes of its
+    kernels."""
     from cumo_kernels.kernels.compile import compile_source
 
-    target: Target = inspect.TARGETS[arch]
+    target = inspect.TARGETS[arch]
     with tiling.use_tiles({}) as asked:
         usual = set(inspect.sources(case, target, inspect.DTYPES[dtype]))
     for key, tile in dict(asked).items():
@@ -284,19 +369,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.dry_run:
         return _dry_run(options)
+    from cumo_kernels.kernels.launch import target_of
+
     if not torch.cuda.is_available():
         print("error: expected a GPU to time on, found none; --dry-run compiles without one", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    for case in (case for case in CASES if case.name in options.layers):
-        print(case.name, flush=True)
-        layer = Layer(case, inspect.DTYPES[options.dtype], device)
-        search = Search(layer, median_ms, time.monotonic() + options.budget, print, time.monotonic)
+    target, dtype = target_of(torch.empty(0, device=device)), inspect.DTYPES[options.dtype]
+    cases = [case for case in CASES if case.name in options.layers]
+    for group in groups_of(cases, lambda case: inspect.layer_tiles(case, target, dtype, is_trained(case))):
+        names = "; ".join(case.name for case in group)
+        print(names, flush=True)
+        deadline = time.monotonic() + options.budget * len(group)
+        search = Search([Layer(case, dtype, device) for case in group], median_ms, deadline, print, time.monotonic)
         search.run()
-        gain = search.first_ms / search.best_ms
-        print(f"{case.name}: {search.first_ms:.3f} ms -> {search.best_ms:.3f} ms, {gain:.3f} x")
-        write_table(options.out, _entries(search, case, device))
+        first_ms, best_ms = total_ms(search.timed)
+        print(f"{names}: {first_ms:.3f} ms -> {best_ms:.3f} ms, {first_ms / best_ms:.3f} x")
+        for entry in write_table(options.out, entries_of(search, device)):
+            layers = "; ".join(entry.get("layers", ["unknown layers"]))
+            print(f"{options.out}: replaced {entry['kind']} n={entry['n']} k<={entry['k']}, tuned before for {layers}")
         print(f"{options.out}: {len(search.found)} tiles; CUMO_TUNED_TILES={options.out} uses them", flush=True)
+        del search
     return 0
 
 
