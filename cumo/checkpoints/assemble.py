@@ -129,15 +129,19 @@ def write_model(
 def _tokenizer(folder: Path) -> Any:
     """That of the folder, with `<image>` as a special token.
 
-    Mistral's is made from its tokenizer.model, where there is one; another tokenizer.json is taken as it stands, as
-    AutoTokenizer takes Mistral's for another kind of tokenizer.
+    Mistral's is made from its tokenizer.model. Where that is a model of another kind, or further tokens were added to
+    it, tokenizer.json is taken as it stands: AutoTokenizer takes Mistral's for another kind of tokenizer.
     """
     config = read_config(folder)
     if config.get("model_type") in (CuMoConfig.model_type, *ENCODERS, "clip", "siglip"):
         raise ValueError(f"{folder}: expected a language model, got model_type {config['model_type']!r}")
-    if (folder / "tokenizer.model").is_file():
-        return mistral_tokenizer(folder / "tokenizer.model")
     whole = (folder / "tokenizer.json").is_file()
+    if (folder / "tokenizer.model").is_file():
+        tokenizer, why_not = _of_sentencepiece(folder)
+        if not why_not:
+            return tokenizer
+        if not whole:
+            raise ValueError(f"{folder}: expected a tokenizer.json, for {why_not}")
     tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
     if tokenizer.eos_token is None:
         raise ValueError(f"{folder}: expected a tokenizer with an EOS token, with which answers end, got none")
@@ -146,6 +150,29 @@ def _tokenizer(folder: Path) -> Any:
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
+
+
+def _of_sentencepiece(folder: Path) -> tuple[Any, str]:
+    """The tokenizer of tokenizer.model, and why it is not that of the folder, if it is not."""
+    try:
+        tokenizer = mistral_tokenizer(folder / "tokenizer.model")
+    except ValueError as error:
+        return None, str(error)
+    settings: list[dict[str, Any]] = [
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    ]
+    whole, config, added = settings
+    names = [
+        token["content"] for token in (*whole.get("added_tokens", ()), *config.get("added_tokens_decoder", {}).values())
+    ]
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted({name for name in (*names, *added) if name not in vocabulary})
+    if missing:
+        return tokenizer, f"its tokenizer.model does not know the added tokens {', '.join(missing)}"
+    eos = config.get("eos_token") or tokenizer.eos_token
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    return tokenizer, "" if eos == tokenizer.eos_token else f"answers end with {eos}, not as in its tokenizer.model"
 
 
 def _processor(tokenizer: Any, encoder: Any, vision: Path, largest_scale: int | None) -> CuMoProcessor:

@@ -68,14 +68,39 @@ def mistral_tokenizer(path: str | Path, image_token: str = IMAGE_TOKEN) -> PreTr
         A tokenizer that begins every text with BOS, pads on the left, and pads with the unknown token as published.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: `path` is no file, holds something else, or a model that splits text in other ways than Mistral's:
+            without a space in front, normalised, by whole symbols, not by byte-pair encoding.
     """
     import sentencepiece
 
     if not Path(path).is_file():
         raise ValueError(f"path: expected a SentencePiece tokenizer.model, got {str(path)!r}, which is no file")
     with reading(path, "a SentencePiece tokenizer.model"):
-        return _of_model(sentencepiece.SentencePieceProcessor(model_file=str(path)), image_token)
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = _of_model(model, image_token)
+        texts = [*_PROBES, *_texts_of_pieces(model)]
+    for text in texts:
+        ours, theirs = tokenizer.encode(text, add_special_tokens=False), model.encode(text)
+        if ours != theirs:
+            raise ValueError(
+                f"path: expected a SentencePiece model that splits text as Mistral's, got {str(path)!r}, which makes "
+                f"{model.id_to_piece(theirs)} of {text!r} and not {tokenizer.convert_ids_to_tokens(ours)}"
+            )
+    return tokenizer
+
+
+# What normalisation, a missing space in front and the splitting of digits would show in
+_PROBES = ["Hello world", "  two  spaces\n\ttab ", "ﬁ ① Ａ é e\u0301", "1234567890 x2", "画像 🐱"]
+
+
+def _texts_of_pieces(model: Any) -> list[str]:
+    """Texts in which every piece occurs that text can become, a hundred pieces each."""
+    texts = [
+        model.id_to_piece(index).replace(SPACE, " ")
+        for index in range(model.get_piece_size())
+        if not (model.is_control(index) or model.is_unknown(index) or model.is_byte(index))
+    ]
+    return ["".join(texts[start : start + 100]) for start in range(0, len(texts), 100)]
 
 
 def _of_model(model: Any, image_token: str) -> PreTrainedTokenizerFast:

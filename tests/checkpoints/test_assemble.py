@@ -10,11 +10,20 @@ import torch
 
 pytest.importorskip("transformers", reason="CuMo is built on transformers")
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, CLIPTextConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    PreTrainedTokenizerFast,
+)
 
 from cumo.checkpoints.assemble import assemble_checkpoint, assemble_processor
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
+from cumo.models.tokenizer import mistral_tokenizer
 from tests.data.samples import byte_tokenizer
 from tests.models.tiny import ENCODER, TEXT
 from tests.numerics import relative_error
@@ -98,6 +107,46 @@ def test_the_tokenizer_of_mistral(tmp_path, text):
     processor = assemble_processor(tmp_path / "vision", text)
     assert processor.image_token_id == 32000
     assert processor.tokenizer("[INST]", add_special_tokens=False)["input_ids"] == [733, 16289, 28793]
+
+
+def test_tokens_added_to_a_tokenizer_of_mistral(tmp_path, text):
+    """As in Phi-3 or OpenHermes: answers end with a token that tokenizer.model does not know."""
+    mistral_common = pytest.importorskip("mistral_common", reason="holds the tokenizer model of Mistral")
+    write_vision(tmp_path / "vision", "clip")
+    (text / "tokenizer.json").unlink()
+    shutil.copyfile(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", text / "tokenizer.model")
+    source = mistral_tokenizer(text / "tokenizer.model", image_token="<|im_end|>")
+    source.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    source.save_pretrained(text)
+    tokenizer = assemble_processor(tmp_path / "vision", text).tokenizer
+    assert tokenizer.eos_token_id == source.eos_token_id == 32000
+    for words in ("<|im_start|>user", "hello  world<|im_end|>"):
+        assert tokenizer(words)["input_ids"] == source(words)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("<image>") == 32002
+    (text / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="expected a tokenizer.json, for .* added tokens <|im_end|>, <|im_start|>"):
+        assemble_processor(tmp_path / "vision", text)
+
+
+def test_a_sentencepiece_model_of_another_kind(tmp_path, text):
+    sentencepiece = pytest.importorskip("sentencepiece", reason="training a tokenizer.model needs sentencepiece")
+    write_vision(tmp_path / "vision", "clip")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 50),
+        model_prefix=str(text / "tokenizer"),
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        vocab_size=300,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    expected = PreTrainedTokenizerFast.from_pretrained(text)("the dog")["input_ids"]
+    assert assemble_processor(tmp_path / "vision", text).tokenizer("the dog")["input_ids"] == expected
+    (text / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="for path: expected a SentencePiece model that splits text as Mistral's"):
+        assemble_processor(tmp_path / "vision", text)
 
 
 def test_the_seed_draws_the_connector(tmp_path, text):
