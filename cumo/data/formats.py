@@ -11,6 +11,7 @@ from cumo.models.prompts import ASSISTANTS, USERS
 from cumo.models.tokenizer import IMAGE_TOKEN
 
 SYSTEM = "system"
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
 class Sample(NamedTuple):
@@ -30,7 +31,7 @@ def parse_json(raw: bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `raw` is no JSON, or no UTF-8.
     """
     try:
         return json.loads(raw)
@@ -44,24 +45,32 @@ def parse_row(row: Any) -> Sample:
     """A row of a data file, checked.
 
     Both formats have turns under `conversations` or `messages`: {"from", "value"} or {"role", "content"}, by human
-    (user) and gpt (assistant) in turns, a system turn before them if need be. What the assistant says before the first
-    question is left out, as published. `content` may be a list of parts of type text, image or image_url. Pictures
-    stand under `image` or `images`, a string or a list, or in the parts. Other keys are ignored.
+    (user) and gpt (assistant) in turns. A system prompt is a system turn before them, or stands under `system`. What
+    the assistant says before the first question is left out, as published. `content` may be a list of parts of type
+    text, image or image_url. Pictures stand under `image` or `images`, a string or a list, or in the parts. Other keys
+    are ignored, but for those of other media.
 
     Raises:
-        ValueError: what is wrong.
+        ValueError: the row is neither format, its turns or pictures do not fit, or it has a video or audio.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with conversations or messages, got {_short(row)}")
     key = "conversations" if "conversations" in row else "messages"
     if not isinstance(row.get(key), list):
         raise ValueError(f"expected a list under conversations or messages, got keys {list(row)}")
-    system: str | None = None
+    for name in OTHER_MEDIA:
+        if row.get(name):
+            raise ValueError(f"{name}: expected pictures and text only, got {_short(row[name])}")
+    system: str | None = row.get(SYSTEM)
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"{SYSTEM}: expected a text, got {_short(system)}")
     turns: list[dict[str, str]] = []
     in_parts: list[str | None] = []  # None: the next of the row's pictures
     for index, entry in enumerate(row[key]):
         speaker, text, pictures = _parse_turn(entry, f"{key}[{index}]")
         if speaker == SYSTEM and index == 0:
+            if system is not None and system != text:
+                raise ValueError(f"{SYSTEM}: expected one system prompt, got {_short(system)} and {_short(text)}")
             system = text
             continue
         turns.append({"from": _role(speaker, f"{key}[{index}]"), "value": text})

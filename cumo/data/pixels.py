@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaImageProcessorPil
 
-from cumo.models.pictures import check_extent
+from cumo.models.pictures import check_extent, mean_colour, pad_to_square
 
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
@@ -33,7 +33,7 @@ class PixelReader:
         self.pad = pad
         self.size = int(image_processor.crop_size["height"]) if size is None else size
         self.resample = image_processor.resample
-        self.background = tuple(int(value * 255) for value in image_processor.image_mean)
+        self.background = mean_colour(image_processor)
         gradient = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2))
         made = image_processor([gradient], do_resize=False, do_center_crop=False, do_pad=False)["pixel_values"][0]
         self.table = np.ascontiguousarray(np.asarray(made, dtype=np.float32)[:, 0])
@@ -63,9 +63,7 @@ class PixelReader:
         width, height = picture.size
         longest, shortest = max(width, height), min(width, height)
         if self.pad and width != height:
-            padded = Image.new("RGB", (longest, longest), self.background)
-            padded.paste(picture, ((longest - width) // 2, (longest - height) // 2))
-            picture, shortest = padded, longest
+            picture, shortest = pad_to_square(picture, self.background), longest
         long_side = int(self.size * max(picture.size) / shortest)
         new = (long_side, self.size) if picture.width > picture.height else (self.size, long_side)
         left, top = (new[0] - self.size) // 2, (new[1] - self.size) // 2

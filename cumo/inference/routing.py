@@ -15,6 +15,7 @@ from torch import Tensor
 from cumo.inference.features import picture_key
 from cumo.inference.pipeline import CuMoPipeline
 from cumo.models.multiscale import merge_tiles
+from cumo.models.pictures import mean_colour, pad_to_square
 from cumo_kernels import Routing
 
 SIDE = 672  # of the picture that is shown
@@ -94,5 +95,5 @@ def _square(pipeline: CuMoPipeline, picture: Image.Image) -> Image.Image:
     processor: Any = pipeline.processor.image_processor
     size = (max(SIDE, pipeline.model.config.vision_config.encoder_config.image_size),) * 2
     if processor.do_pad:
-        return ImageOps.pad(picture, size, color=tuple(int(255 * mean) for mean in processor.image_mean))
+        return pad_to_square(picture, mean_colour(processor)).resize(size, processor.resample)
     return ImageOps.fit(picture, size) if processor.do_center_crop else picture.resize(size)

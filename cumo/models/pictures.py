@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 from transformers.image_utils import load_image
 
 MODES_16_BIT = ("I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -32,25 +34,25 @@ def to_rgb(image: Any) -> Image.Image:
     """A picture of any kind, upright and with three channels of eight bits.
 
     Args:
-        image: a PIL image, a path, an address or base64 string, or a uint8 array [H, W] or [H, W, 3 or 4]. Sixteen bits
-            are scaled to eight rather than cut off. Transparency is dropped, as published.
+        image: a PIL image, a path, an address or base64 string, or a uint8 array or tensor [H, W], [H, W, 3 or 4] or
+            [3 or 4, H, W]; where both of the latter fit, channels are last. Sixteen bits, and numbers of 0 to 1 in mode
+            F, are scaled to eight bits rather than cut off. Transparency is dropped, as published.
 
     Raises:
-        ValueError: it is nothing of that, or a file that cannot be decoded.
+        ValueError: `image` is nothing of that, cannot be decoded, or is a picture of mode F with other numbers.
         OSError: a file that cannot be read.
     """
     if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
         return read_rgb(Path(image), f"picture {str(image)[:200]!r}")
     if isinstance(image, str):
-        return load_image(image)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        if image.size and (image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4))):
-            return Image.fromarray(image).convert("RGB")
-        raise ValueError(f"images: expected arrays of shape [H, W] or [H, W, 3 or 4], got {[*image.shape]}")
+        return _of_text(image)
+    if isinstance(image, (np.ndarray, Tensor)):
+        return _of_array(image)
     if not isinstance(image, Image.Image):
-        kind = f"array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"images: expected PIL images, paths, addresses or uint8 arrays, got {kind}")
+        raise ValueError(f"images: expected PIL images, paths, addresses or uint8 arrays, got {type(image).__name__}")
     image = _upright(image)
+    if image.mode == "F":
+        image = _of_floats(np.asarray(image))
     if image.mode in MODES_16_BIT:
         values = np.asarray(image).astype(np.float64)
         # Mode I has 32 bits, but files that are read so have 8 or 16.
@@ -59,6 +61,46 @@ def to_rgb(image: Any) -> Image.Image:
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # Pillow warns of the short cut
     return image.convert("RGB")
+
+
+def _of_text(text: str) -> Image.Image:
+    """A picture at an address, or in base64."""
+    if text.startswith(("http://", "https://")):
+        return load_image(text)
+    try:
+        return load_image(text)
+    except Exception as error:  # of base64 or of Pillow, whichever stumbles first
+        raise ValueError(
+            f"images: expected the path of a file, an address or a picture in base64, got {text[:60]!r}; a prompt is "
+            "given as text="
+        ) from error
+
+
+def _of_array(image: Any) -> Image.Image:
+    """A uint8 array or tensor, with channels last or first."""
+    if image.dtype not in (np.uint8, torch.uint8):
+        raise ValueError(
+            "images: expected PIL images, paths, addresses or uint8 arrays, got "
+            f"{'array' if isinstance(image, np.ndarray) else 'tensor'} of {image.dtype}"
+        )
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if array.ndim == 3 and array.shape[-1] not in (3, 4) and array.shape[0] in (3, 4):
+        array = np.ascontiguousarray(array.transpose(1, 2, 0))
+    if array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))):
+        return Image.fromarray(array).convert("RGB")
+    raise ValueError(f"images: expected arrays of shape [H, W], [H, W, 3 or 4] or [3 or 4, H, W], got {[*array.shape]}")
+
+
+def _of_floats(values: np.ndarray[Any, Any]) -> Image.Image:
+    """A grey picture of floats: of 0 to 1, or of 0 to 255 as `convert("F")` of Pillow gives them."""
+    least, most = float(values.min(initial=0)), float(values.max(initial=0))  # NaN where there is one
+    if least >= 0 and most <= 1:
+        values = values * 255
+    elif not (least >= 0 and most <= 255):
+        raise ValueError(
+            f"images: expected numbers of 0 to 1 or 0 to 255 in a picture of mode F, got {least:g} to {most:g}"
+        )
+    return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -125,3 +167,18 @@ def check_extent(picture: Image.Image, size: int, pad: bool) -> None:
             f"images: expected pictures that are not so long and thin, got {picture.width} x {picture.height}, of "
             f"which {'padding' if pad else 'scaling'} makes {pixels} pixels"
         )
+
+
+def pad_to_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """In the middle of a square of that colour, as transformers and the published code pad; a square as it is."""
+    longest = max(picture.size)
+    if picture.width == picture.height:
+        return picture
+    padded = Image.new(picture.mode, (longest, longest), colour)
+    padded.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+    return padded
+
+
+def mean_colour(image_processor: Any) -> tuple[int, ...]:
+    """The mean of an image processor as a colour, with which pictures are padded."""
+    return tuple(int(255 * mean) for mean in image_processor.image_mean)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, LlavaImageProcessorPil, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from transformers.utils.hub import cached_file
@@ -17,7 +18,7 @@ from transformers.utils.hub import cached_file
 from cumo.checkpoints.files import read_json, reading
 from cumo.checkpoints.published_config import is_published
 from cumo.config import CuMoConfig
-from cumo.models.pictures import check_extent, to_rgb
+from cumo.models.pictures import check_extent, mean_colour, pad_to_square, to_rgb
 from cumo.models.prompts import CHAT_TEMPLATE
 from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
 
@@ -53,7 +54,7 @@ class CuMoProcessor(ProcessorMixin):
     """Tokenizer and image processor of CuMo in one.
 
     In a prompt, `<image>` stands for a picture; it becomes `image_seq_length` placeholder ids. Padding is on the left,
-    as generation needs. A prompt gets a BOS in front of what it begins with, unless it begins with two already.
+    as generation needs. A BOS is prepended unless the prompt already starts with two.
 
     Args:
         image_processor: a PIL image processor of transformers, such as of `clip_image_processor`.
@@ -65,7 +66,8 @@ class CuMoProcessor(ProcessorMixin):
         kwargs: of transformers' `ProcessorMixin`.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: `image_seq_length` or `high_resolution_size` is no positive integer, or `tokenizer` is None or has
+            no `<image>`.
 
     Examples:
         >>> import numpy as np
@@ -90,6 +92,8 @@ class CuMoProcessor(ProcessorMixin):
         for name, value in (("image_seq_length", image_seq_length), ("high_resolution_size", high_resolution_size)):
             if not (name == "high_resolution_size" and value is None) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if tokenizer is None:
+            raise ValueError(f"tokenizer: expected a tokenizer with the special token {IMAGE_TOKEN}, got None")
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if image_token_id is None or image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"tokenizer: expected one with the special token {IMAGE_TOKEN}, got one without")
@@ -155,7 +159,8 @@ class CuMoProcessor(ProcessorMixin):
 
         Args:
             images: for one prompt a picture or a list; for several a list of lists, or all pictures one after the
-                other. See `to_rgb` for what counts as a picture. None for prompts without.
+                other, also as an array or tensor of four dimensions. See `to_rgb` for what counts as a picture. None
+                for prompts without.
             text: a prompt or several; None for pictures alone.
             return_tensors: "pt" or "np"; lists by default.
             return_mm_token_type_ids: give `mm_token_type_ids` too, 1 for placeholders and 0 for text.
@@ -167,7 +172,8 @@ class CuMoProcessor(ProcessorMixin):
             common_kwargs: options named above, as a dict.
 
         Raises:
-            ValueError: a sample has more or fewer pictures than `<image>` in its prompt, or truncation cut into one.
+            ValueError: a sample has more or fewer pictures than `<image>` in its prompt, truncation cut into one, or
+                `images` holds something else, such as a prompt, which is to be given as `text`.
         """
         options = {**kwargs, **(common_kwargs or {}), **(text_kwargs or {})}
         return_tensors = options.pop("return_tensors", return_tensors)
@@ -299,11 +305,8 @@ class CuMoProcessor(ProcessorMixin):
         )
 
     def _square(self, picture: Image.Image, side: int) -> Image.Image:
-        """Padded with the mean colour as transformers does it, and scaled to `side`."""
-        longest = max(picture.size)
-        colour = tuple(int(255 * mean) for mean in self.image_processor.image_mean)
-        padded = Image.new("RGB", (longest, longest), colour)
-        padded.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+        """Padded with the mean colour, and scaled to `side`."""
+        padded = pad_to_square(picture, mean_colour(self.image_processor))
         return padded.resize((side, side), resample=self.image_processor.resample)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:  # noqa: ARG002
@@ -325,6 +328,8 @@ def _flatten(images: Any) -> list[Any]:
     """A list of pictures, without None, of however nested ones."""
     if images is None:
         return []
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        return list(images)
     return [image for entry in images for image in _flatten(entry)] if _is_batch(images) else [images]
 
 

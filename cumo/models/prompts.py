@@ -49,7 +49,7 @@ class Template:
         """With the BOS and EOS of a tokenizer; a BOS is left out where it has none, as Qwen's.
 
         Raises:
-            ValueError: it has no EOS, with which every answer ends.
+            ValueError: `tokenizer` has no EOS, with which every answer ends.
         """
         if tokenizer.eos_token is None:
             raise ValueError("tokenizer: expected one with an EOS token, with which answers end, got none")
@@ -115,7 +115,7 @@ def get_template(template: Template | str) -> Template:
     """The template of that name; a template itself is passed through.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `template` is no name in `TEMPLATES`.
     """
     if isinstance(template, Template):
         return template
@@ -153,7 +153,7 @@ def chat_template(template: Template | str) -> str:
         template: a template or its name.
 
     Raises:
-        ValueError: there is none of that name, or it leaves out the words of the user.
+        ValueError: `template` is no name in `TEMPLATES`, or leaves out the words of the user.
     """
     template = get_template(template)
     if template.only_images:
@@ -182,7 +182,7 @@ def chat_template(template: Template | str) -> str:
 
 
 def chat_templates() -> dict[str, str]:
-    """Those of the templates that have one, by name."""
+    """The chat templates by name, of all templates with the words of the user."""
     return {name: chat_template(template) for name, template in TEMPLATES.items() if not template.only_images}
 
 
@@ -224,7 +224,8 @@ def render(
         sample: what errors call the conversation.
 
     Raises:
-        ValueError: there is no question, or speakers are unknown or do not take turns.
+        ValueError: `turns` hold no question, or speakers that are unknown or do not take turns; or the template has no
+            place for a system prompt.
 
     Examples:
         >>> turns = [{"from": "human", "value": "What is it? <image>"}, {"from": "gpt", "value": "A cat."}]
@@ -243,6 +244,8 @@ def render(
     if not turns:
         raise ValueError(f"sample {sample}: expected a question in conversations, got none")
     system = template.system if system is None else system
+    if system and _SYSTEM not in template.opening:
+        raise ValueError(f"sample {sample}: expected no system prompt for template {template.name!r}, got {system!r}")
     opening = template.opening.replace(_SYSTEM, system) if system else template.opening_without_system
     segments = []
     for index, turn in enumerate(turns):

@@ -6,6 +6,8 @@ Letters: T tokens, K experts per token, E experts, D input width, F hidden width
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,9 +115,10 @@ class MoEMLP(nn.Module):
     ) -> None:
         super().__init__()
         d_out = d_in if d_out is None else d_out
-        for name, size in dict(d_in=d_in, d_hidden=d_hidden, d_out=d_out, num_experts=num_experts).items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+        d_in, d_hidden, d_out, num_experts = (
+            _check_size(name, size)
+            for name, size in dict(d_in=d_in, d_hidden=d_hidden, d_out=d_out, num_experts=num_experts).items()
+        )
         top_k = check_top_k(top_k, num_experts)
         check_one_of("activation", activation, ck.ACTIVATIONS)
         check_one_of("router_dtype", router_dtype, (torch.float32, None))
@@ -168,11 +171,8 @@ class MoEMLP(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x: expected shape [..., {self.d_in}] (d_in), got {list(x.shape)}")
         weights = self.up_proj.dtype
-        if x.dtype != weights and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise ValueError(
-                f"x: expected dtype {weights} of the module's parameters, or any floating-point one under autocast, got "
-                f"{x.dtype}"
-            )
+        if x.dtype != weights and (autocast_dtype(x.device) is None or not x.is_floating_point()):
+            raise ValueError(f"x: expected dtype {weights} as the module's parameters (or autocast), got {x.dtype}")
         y_shape = (*x.shape[:-1], self.d_out)
         if residual is not None and residual.shape != y_shape:
             raise ValueError(f"residual: expected shape {list(y_shape)} of the output, got {list(residual.shape)}")
@@ -218,6 +218,13 @@ class MoEMLP(nn.Module):
                 f"bias={biases if len(biases) == 1 else bool(biases)}",
             ]
         )
+
+
+def _check_size(name: str, size: int) -> int:
+    """The size as an int, if it is a positive integer of whatever type."""
+    if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {size!r}")
+    return operator.index(size)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -43,6 +43,12 @@ Q, P = {"type": "text", "text": "q"}, {"type": "text", "text": "p"}
             [],
             id="system",
         ),
+        pytest.param({"system": "s", "conversations": turns("q", "a")}, turns("q", "a"), "s", [], id="top-system"),
+        pytest.param({"system": "", "conversations": turns("q", "a")}, turns("q", "a"), "", [], id="empty-system"),
+        pytest.param(
+            {"system": "s", "messages": messages("q", "a", system="s")}, turns("q", "a"), "s", [], id="system-twice"
+        ),
+        pytest.param({**llava(), "video": None}, turns("q", "yes"), None, [], id="no-video"),
         pytest.param(
             {"messages": messages("<image>\nq", "a", system="s"), "images": ["a"]},
             turns("<image>\nq", "a"),
@@ -111,6 +117,13 @@ def test_rows(row, expected_turns, system, images):
         ({"messages": messages([{**IMAGE, "image": "a"}], "a"), "images": ["b"]}, "or all within the parts"),
         ({"messages": messages([{"type": "image_url", "image_url": 3}], "a")}, "messages[0]: expected"),
         ({"messages": messages([IMAGE], "a")}, "got 0 for 1"),
+        ({"system": ["s"], "conversations": turns("q", "a")}, "system: expected a text, got ['s']"),
+        (
+            {"system": "t", "messages": messages("q", "a", system="s")},
+            "system: expected one system prompt, got 't' and",
+        ),
+        ({**llava("<video>q"), "video": "a.mp4"}, "video: expected pictures and text only, got 'a.mp4'"),
+        ({**llava("<video>q"), "videos": ["a.mp4"]}, "videos: expected pictures and text only, got ['a.mp4']"),
     ],
 )
 def test_faults(row, message):

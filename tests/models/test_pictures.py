@@ -5,10 +5,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cumo.data.pixels import PixelReader
-from cumo.models.pictures import MAX_PIXELS, check_extent, read_rgb, to_rgb
+from cumo.models.pictures import MAX_PIXELS, check_extent, pad_to_square, read_rgb, to_rgb
 from cumo.models.processor import clip_image_processor
 from tests.data.samples import byte_processor
 
@@ -93,3 +94,72 @@ def test_pictures_that_would_grow_beyond_memory():
                 way()
     check_extent(Image.new("1", (int(MAX_PIXELS**0.5), 1)), 336, True)
     check_extent(Image.new("1", (4000, 1)), 336, False)
+
+
+PIXELS = np.asarray(NOISE)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        PIXELS.transpose(2, 0, 1),
+        torch.from_numpy(PIXELS.copy()),
+        torch.from_numpy(PIXELS.copy()).permute(2, 0, 1),
+        np.concatenate([PIXELS, PIXELS[..., :1]], axis=-1),
+        np.concatenate([PIXELS, PIXELS[..., :1]], axis=-1).transpose(2, 0, 1),
+    ],
+    ids=["channels first", "tensor", "tensor with channels first", "four channels", "four channels first"],
+)
+def test_arrays_and_tensors_with_channels_last_or_first(array):
+    assert np.array_equal(np.asarray(to_rgb(array)), PIXELS)
+
+
+def test_channels_are_last_where_both_would_fit():
+    array = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    assert np.array_equal(np.asarray(to_rgb(array)), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((4, 4), np.float32), "got array of float32"),
+        (torch.zeros(3, 4, 4), "got tensor of torch.float32"),
+        (np.zeros((5, 4, 2), np.uint8), r"\[3 or 4, H, W\], got \[5, 4, 2\]"),
+        (torch.zeros(5, dtype=torch.uint8), r"got \[5\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"got \[0, 4, 3\]"),
+    ],
+)
+def test_arrays_that_are_no_picture(array, message):
+    with pytest.raises(ValueError, match=f"images: expected .*{message}"):
+        to_rgb(array)
+
+
+def test_floats_are_scaled_and_not_cut_off():
+    grey = np.asarray(NOISE.convert("L"))
+    for values in (grey.astype(np.float32), grey.astype(np.float32) / 255):
+        read = to_rgb(Image.fromarray(values))
+        assert np.array_equal(np.asarray(read), np.repeat(grey[..., None], 3, axis=-1))
+    assert np.asarray(to_rgb(Image.fromarray(np.full((2, 2), 0.8, np.float32)))).max() == 204
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert sixteen.mode == "I;16"
+    assert np.array_equal(np.asarray(to_rgb(sixteen))[..., 0], grey)
+
+
+@pytest.mark.parametrize("value", [-0.5, 256.0, float("nan"), float("inf")])
+def test_floats_of_another_range_are_refused(value):
+    with pytest.raises(ValueError, match="images: expected numbers of 0 to 1 or 0 to 255 in a picture of mode F, got"):
+        to_rgb(Image.fromarray(np.array([[0.5, value]], np.float32)))
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat is this?", "What", "absent file.png", "a=b"])
+def test_a_prompt_in_the_place_of_a_picture(text):
+    with pytest.raises(ValueError, match="images: expected the path of a file, .*; a prompt is given as text="):
+        to_rgb(text)
+
+
+def test_padding_to_a_square():
+    padded = np.asarray(pad_to_square(NOISE, (1, 2, 3)))
+    assert padded.shape == (12, 12, 3) and np.array_equal(padded[2:10], PIXELS)
+    assert (padded[:2] == (1, 2, 3)).all() and (padded[10:] == (1, 2, 3)).all()
+    square = NOISE.crop((0, 0, 8, 8))
+    assert pad_to_square(square, (1, 2, 3)) is square

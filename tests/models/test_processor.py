@@ -295,9 +295,9 @@ def test_pictures_are_turned_upright(tmp_path):
     [
         (3, "images: expected PIL images, paths, addresses or uint8 arrays, got int"),
         (np.zeros((4, 4)), "got array of float64"),
-        (np.zeros((3, 4, 5), dtype=np.uint8), r"expected arrays of shape \[H, W\] or .*, got \[3, 4, 5\]"),
+        (np.zeros((2, 4, 5), dtype=np.uint8), r"expected arrays of shape \[H, W\], .*, got \[2, 4, 5\]"),
     ],
-    ids=["number", "floats", "channels-first"],
+    ids=["number", "floats", "no-channels"],
 )
 def test_what_is_no_picture(image, message):
     with pytest.raises(ValueError, match=message):
@@ -331,6 +331,25 @@ def test_saved_and_reloaded(tokenizer, tmp_path, load):
 def test_bad_arguments(tokenizer, name):
     with pytest.raises(ValueError, match=f"{name}: expected a positive integer, got 0"):
         CuMoProcessor(clip_image_processor(28), tokenizer, **{name: 0})
+
+
+def test_a_tokenizer_is_needed():
+    with pytest.raises(ValueError, match="tokenizer: expected a tokenizer with the special token <image>, got None"):
+        CuMoProcessor(clip_image_processor(28))
+
+
+def test_pictures_in_one_array(processor):
+    arrays = np.stack([np.asarray(picture(seed=seed)) for seed in (0, 1)])
+    expected = processor([picture(seed=0), picture(seed=1)], IMAGE_TOKEN * 2, return_tensors="pt")
+    for images in (arrays, torch.from_numpy(arrays), torch.from_numpy(arrays).permute(0, 3, 1, 2)):
+        assert torch.equal(
+            processor(images, IMAGE_TOKEN * 2, return_tensors="pt")["pixel_values"], expected.pixel_values
+        )
+
+
+def test_a_prompt_as_first_argument(processor):
+    with pytest.raises(ValueError, match="a prompt is given as text="):
+        processor(f"{IMAGE_TOKEN} a")
 
 
 def test_tokenizer_without_the_image_token():

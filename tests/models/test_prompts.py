@@ -93,3 +93,11 @@ def test_templates_of_chats():
     assert chat_templates()["mistral_instruct_system"] == CHAT_TEMPLATE
     with pytest.raises(ValueError, match="template: expected one with the words of the user, got 'plain'"):
         chat_template("plain")
+
+
+def test_a_template_without_a_place_for_a_system_prompt():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    with pytest.raises(ValueError, match="sample 7: expected no system prompt for template 'plain', got 's'"):
+        render("plain", turns, system="s", sample=7)
+    assert render_text("plain", turns, system="") == "a\n"
+    assert "s" in render_text("llava_v1", turns, system="s")

@@ -337,6 +337,7 @@ def test_a_call_leaves_no_trace(device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (dict(d_in=8.0), r"d_in: expected a positive integer, got 8\.0"),
         (dict(d_in=0), r"d_in: expected a positive integer, got 0"),
         (dict(d_hidden=-1), r"d_hidden: expected a positive integer, got -1"),
         (dict(d_out=0), r"d_out: expected a positive integer, got 0"),
@@ -362,7 +363,7 @@ def test_wrong_arguments(options, message):
         (dict(residual=(5, 12)), r"residual: expected shape \[2, 5, 12\] of the output, got \[5, 12\]"),
         (dict(segment=3), r"segment: expected a divisor of the 10 tokens, got 3"),
         (dict(segment=0), r"segment: expected a divisor of the 10 tokens, got 0"),
-        (dict(dtype=torch.float16), r"w1_EFD: expected dtype torch\.float16 as x_TD, got torch\.float32"),
+        (dict(dtype=torch.float16), r"x: expected dtype torch\.float32 as the module's .*, got torch\.float16"),
     ],
 )
 def test_wrong_inputs(device, arguments, message):
