@@ -68,6 +68,11 @@ def test_triton_without_a_gpu_or_the_interpreter_is_refused():
     assert "RuntimeError: backend 'triton': got tensors on cpu, expected a CUDA device" in result.stderr
 
 
+def test_triton_gives_shapes_on_the_meta_device_wherever_it_is():
+    result = run_python(CALL.replace("(5, 4)", "(5, 4, device='meta')"), CUMO_BACKEND="triton")
+    assert result.stdout.strip() == "torch.Size([5, 2])", result.stderr
+
+
 @pytest.mark.parametrize("variable", ["triton", "reference", ""])
 def test_environment_forces_a_backend(variable):
     look = CALL + "; from cumo_kernels.backend import backend_for; print(backend_for(torch.zeros(1)))"

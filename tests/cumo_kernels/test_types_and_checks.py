@@ -129,11 +129,25 @@ def test_segment_of_none_is_everything():
     assert checks.check_segment(577, 0) == 577
 
 
-@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8, int])
-def test_counts_are_what_has_an_index(kind):
-    routing = ck.topk_gating(torch.randn(12, 4), kind(2), segment=kind(4))
-    assert (routing.weight_TK.shape, routing.z_S.shape) == ((12, 2), (3,))
-    assert ck.plan_dispatch(routing.expert_TK, kind(4)).num_experts == 4
+class Index:
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8, Index, int])
+def test_counts_are_what_has_an_index(kind, backend, device):
+    x_TD, gate_ED = torch.randn(12, 8, device=device), torch.randn(4, 8, device=device)
+    with ck.use_backend(backend):
+        for routing in (
+            ck.topk_gating(x_TD[:, :4], kind(2), segment=kind(4)),
+            ck.linear_topk_gating(x_TD, gate_ED, kind(2), segment=kind(4)),
+        ):
+            assert (routing.weight_TK.shape, routing.z_S.shape) == ((12, 2), (3,))
+            assert ck.plan_dispatch(routing.expert_TK, kind(4)).num_experts == 4
     counts = checks.check_top_k(kind(2), 4), checks.check_segment(kind(4), 12), checks.check_num_experts(kind(4))
     assert [type(count) for count in counts] == [int] * 3
 
