@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 
-from cumo.inference.loading import DTYPES, QUANTIZATIONS
+from cumo.inference.loading import DTYPES
 from cumo.inference.pipeline import CuMoPipeline
+from cumo.models.quantization import QUANTIZATIONS
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

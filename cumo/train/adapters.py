@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from cumo.checkpoints.lora import read_adapter, write_adapter
+from cumo.models.quantization import quantization_config
 from cumo.train.recipe import Lora
 
 NAME = "default"
 
 
 def quantization(lora: Lora, compute: torch.dtype) -> Any:
-    """How to load the model: the language model's linear layers in 4 bits (nf4, doubly quantised), all else as it is.
+    """How to load the model: with the language model's linear layers but the routers in 4 bits, or None for as it is.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -26,15 +27,7 @@ def quantization(lora: Lora, compute: torch.dtype) -> Any:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("lora.bits: expected null, as bitsandbytes is not installed")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=["vision_tower", "connector", "lm_head"],
-    )
+    return quantization_config("nf4", compute)
 
 
 def add_adapters(model: Any, lora: Lora, base: str) -> None:
@@ -96,7 +89,7 @@ def load(folder: Path, model: Any) -> None:
     """The inverse of `save`, into a model with the same adapters.
 
     Raises:
-        ValueError: the folder holds other parameters than train.
+        ValueError: `folder` holds other parameters than those of `model` that train.
     """
     tensors = read_adapter(folder)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

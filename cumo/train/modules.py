@@ -23,7 +23,7 @@ def home_of(name: str) -> str:
     """vision, connector or text: where a parameter lies.
 
     Raises:
-        ValueError: it is none of a CuMo model.
+        ValueError: `name` is that of no parameter of a CuMo model.
     """
     for prefix, part in _PREFIXES.items():
         if name.startswith(prefix):
@@ -46,7 +46,9 @@ def setting_of(name: str, train: Train) -> bool | float:
 
 
 def freeze(model: Any, train: Train, *, adapters: bool = False) -> None:
-    """Set `requires_grad` of every parameter, and run what is frozen in evaluation mode's place: nothing has dropout.
+    """Set `requires_grad` of every parameter.
+
+    No module has dropout, so frozen modules need not be put in eval mode.
 
     Args:
         model: a CuMo model.

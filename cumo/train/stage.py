@@ -39,6 +39,7 @@ from cumo.data.yaml_text import parse_yaml, shown
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
 from cumo.models.prompts import chat_templates
+from cumo.models.quantization import check_quantizable
 from cumo.train import adapters, checkpoints
 from cumo.train.arguments import processes, training_arguments
 from cumo.train.files import dump
@@ -235,11 +236,7 @@ def load_model(recipe: Recipe, start: Path) -> Any:
     """The model, with the recipe's losses, and with frozen what it freezes."""
     lora, compute = recipe.lora, DTYPES[recipe.precision]
     if lora is not None and lora.bits is not None:
-        experts = getattr(CuMoConfig.from_pretrained(start).text_config, "num_local_experts", None)
-        if experts:
-            raise ValueError(
-                f"lora.bits: expected null for a language model of {experts} experts, which stay as they are"
-            )
+        check_quantizable("lora.bits", CuMoConfig.from_pretrained(start))
     quantization = None if lora is None else adapters.quantization(lora, compute)
     options = {} if quantization is None else {"quantization_config": quantization}
     if recipe.model_base is not None:

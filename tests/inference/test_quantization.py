@@ -8,7 +8,7 @@ import torch
 
 from cumo import CuMoConfig, CuMoForConditionalGeneration
 from cumo.inference import CuMoPipeline, GenerationOptions
-from cumo.inference.loading import NOT_QUANTIZED, quantization_config
+from cumo.models.quantization import NOT_QUANTIZED, quantization_config
 from tests.inference.tiny import ask, picture
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

@@ -15,6 +15,7 @@ from cumo.models.prompts import (
     chat_template,
     chat_templates,
     encode_sample,
+    render,
     render_text,
 )
 from cumo.models.tokenizer import IMAGE_TOKEN

@@ -16,6 +16,7 @@ from cumo.models.processor import CuMoProcessor
 from cumo.train import Recipe, run_stage
 from cumo.train import stage as stage_module
 from cumo.train.stage import load_model, prepare_start
+from tests.models.tiny import tiny_model
 from tests.numerics import relative_error
 from tests.train.tiny import read_log, recipe_of, train_in_processes, write_parts, write_recipe
 
@@ -208,3 +209,13 @@ def test_qlora(sparse, data, tmp_path):
 def test_qlora_without_bitsandbytes(sparse, data, tmp_path):
     with pytest.raises(ValueError, match="lora.bits: expected null, as bitsandbytes is not installed"):
         run_stage(Recipe.from_dict(lora_recipe(tmp_path, sparse, data, lora={**LORA, "bits": 4})))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "ernie4_5_moe"])
+def test_qlora_of_stacked_experts(family, sparse, data, tmp_path):
+    """Which bitsandbytes leaves as they are, under whatever name a configuration counts them."""
+    counts = {"num_experts": 4, "moe_num_experts": 4, "moe_intermediate_size": 16}
+    tiny_model(text_type=family, text=counts).save_pretrained(tmp_path / "model")
+    recipe = Recipe.from_dict(lora_recipe(tmp_path, sparse, data, lora={**LORA, "bits": 4}))
+    with pytest.raises(ValueError, match=rf"lora.bits: expected a language model of linear layers, got {family} with"):
+        load_model(recipe, tmp_path / "model")
