@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long something takes, how much memory it takes, and what the machine could do at best."""
+"""Measures times, memory and launches, and the best that the machine can do."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 WARM_UP = 3
 MIN_RUNS, MAX_RUNS = 10, 200
-L2_BYTES = 256 << 20  # more than any L2: writing so much leaves nothing of the inputs in it
-GRAPH_BELOW_MS = 0.3  # shorter than some launches take on the host: then replayed from a CUDA graph
+L2_BYTES = 256 << 20  # larger than any L2, so that writing it evicts the inputs
 FLOATS_OF_A_COPY = 1 << 28
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one run: median, and where the middle 60 % lie."""
+    """Milliseconds of one run: the median, and the bounds of the middle 60 %."""
 
     p20: float
     p50: float
     p80: float
     runs: int
     method: str
-    """clock (a CPU's), events, or graph (events around the replay of a CUDA graph)."""
+    """clock (of a CPU), events (which include the time that a GPU waits for Python to launch kernels), or graph (events
+    around the replay of a CUDA graph, without Python)."""
 
 
 def _quantiles(samples: list[float], method: str) -> Timing:
@@ -34,29 +34,26 @@ def _quantiles(samples: list[float], method: str) -> Timing:
     return Timing(*values.tolist(), len(samples), method)
 
 
-def time_call(
-    run: Callable[[], object], device: torch.device, budget_s: float = 1.0, may_capture: bool = True
-) -> Timing:
-    """Time `run`, warmed up, each time with cold caches on a GPU.
+def time_call(run: Callable[[], object], device: torch.device, budget_s: float = 1.0) -> Timing:
+    """Time `run` after a warm-up: by the clock on a CPU, between events and with cold caches on a GPU.
 
     Args:
         run: does all its work on `device`.
         device: "cpu" or "cuda".
-        budget_s: measure for about so long; at least `MIN_RUNS` times if one run takes less than that.
-        may_capture: replay it from a CUDA graph if it is short. A backward by itself is not: autograd runs it on the
-            stream of its forward.
+        budget_s: seconds to measure for, more or less; at least `MIN_RUNS` runs on a GPU.
     """
     if device.type == "cpu":
         return _time_on_cpu(run, budget_s)
     for _ in range(WARM_UP):
         run()
     torch.cuda.synchronize()
-    timing = _time_on_cuda(run, budget_s, "events")
-    if timing.p50 < GRAPH_BELOW_MS and may_capture:
-        graph = _captured(run)
-        if graph is not None:
-            return _time_on_cuda(graph.replay, budget_s, "graph")
-    return timing
+    return _time_on_cuda(run, budget_s, "events")
+
+
+def time_replay(run: Callable[[], object], budget_s: float = 1.0) -> Timing | None:
+    """Time the replay of `run`, which `time_call` has warmed up, from a CUDA graph; None if it cannot be captured."""
+    graph = _captured(run)
+    return None if graph is None else _time_on_cuda(graph.replay, budget_s, "graph")
 
 
 def _time_on_cpu(run: Callable[[], object], budget_s: float) -> Timing:
@@ -89,7 +86,7 @@ def _time_on_cuda(run: Callable[[], object], budget_s: float, method: str) -> Ti
 
 
 def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-    """`run` as a CUDA graph; None if it cannot be captured, as when it reads something back."""
+    """`run` as a CUDA graph; None if it cannot be captured, for instance because it copies a result to the host."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -101,7 +98,7 @@ def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory of the GPU beyond what is there already; None on a CPU, where PyTorch does not count."""
+    """The most GPU memory that `run` allocates beyond what is allocated already; None on a CPU."""
     if device.type == "cpu":
         return None
     torch.cuda.synchronize()
@@ -113,7 +110,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def count_launches(run: Callable[[], object], device: torch.device) -> int | None:
-    """Kernels that a GPU runs, copies and fills included; None on a CPU."""
+    """The number of kernels that a GPU runs, copies and fills included; None on a CPU."""
     if device.type == "cpu":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -124,20 +121,20 @@ def count_launches(run: Callable[[], object], device: torch.device) -> int | Non
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine does at best, measured."""
+    """The best rates measured on this machine."""
 
     flops: float
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     bytes: float
-    """Bytes a second of a large copy, read and written ones together."""
+    """Bytes per second of a large copy, the sum of those read and written."""
 
     def floor_ms(self, flops: int, moved: int) -> float:
-        """The time that no variant can be expected to beat."""
+        """The least time that any variant can take at these rates."""
         return 1e3 * max(flops / self.flops, moved / self.bytes)
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device, budget_s: float = 1.0) -> Ceilings:
-    """A square matrix product and a copy, large enough to fill the machine, on random values."""
+    """Time a square matrix product and a copy of random values, large enough to fill the machine."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of the rows of a run: bars, roofline, memory, and time over tokens. Needs matplotlib (extra `demo`).
+"""Draws the rows of a run: bars, roofline, memory, and time over tokens. Needs matplotlib (extra `demo`).
 
-`python -m benchmarks.plots ROWS.json` draws those of an earlier run.
+`python -m benchmarks.plots ROWS.json` draws the rows of an earlier run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.operations import OPERATIONS
 from benchmarks.records import Row
 from benchmarks.workloads import CPU, GPU
 
-# Okabe and Ito's palette, which colour-blind people can tell apart; ours is always the first.
+# The palette of Okabe and Ito, whose colours colour-blind people can tell apart; ours is always the first.
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999", "#000000", "#F0E442")
 BOUND = "#BBBBBB"
 WORKLOADS = {workload.name: workload for workload in (*GPU, *CPU)}
@@ -33,6 +33,11 @@ WORKLOADS = {workload.name: workload for workload in (*GPU, *CPU)}
 def _timed(rows: Iterable[Row], **fields: str) -> list[Row]:
     wanted = {"status": "ok", **fields}
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def _eager(rows: Iterable[Row]) -> list[Row]:
+    """Without the times of CUDA graphs: every variant has the others, in every pass."""
+    return [row for row in rows if row["method"] != "graph"]
 
 
 def _unique(rows: Iterable[Row], name: str) -> list[Any]:
@@ -65,7 +70,7 @@ def _titled(figure: Figure, title: str, row: Row) -> None:
 
 
 def draw_bars(rows: Sequence[Row], operation: str) -> Figure | None:
-    """Median times relative to ours, a panel for each workload, a group for each pass."""
+    """Median times relative to ours: a panel for each workload, a group for each pass and method of timing."""
     rows = _timed(rows, operation=operation)
     workloads = _unique(rows, "workload")
     if not workloads:
@@ -73,14 +78,15 @@ def draw_bars(rows: Sequence[Row], operation: str) -> Figure | None:
     columns = min(3, len(workloads))
     lines = -(-len(workloads) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, 2.9 * lines + 0.8), squeeze=False)
-    colours, passes = _colours(rows), _unique(rows, "pass")
+    colours, passes = _colours(rows), list(dict.fromkeys((row["pass"], row["method"]) for row in rows))
     for axes in grid.flat[len(workloads) :]:
         axes.set_visible(False)
     for axes, workload in zip(grid.flat, workloads, strict=False):
         mine = _timed(rows, workload=workload)
         variants = _unique(mine, "variant")
-        for index, which in enumerate(passes):
-            times = {row["variant"]: float(row["p50_ms"]) for row in _timed(mine, **{"pass": which})}
+        for index, (which, method) in enumerate(passes):
+            timed = _timed(mine, **{"pass": which, "method": method})
+            times = {row["variant"]: float(row["p50_ms"]) for row in timed}
             ours = times.get("cumo")
             for place, name in enumerate(variants):
                 if name in times and ours:
@@ -89,7 +95,7 @@ def draw_bars(rows: Sequence[Row], operation: str) -> Figure | None:
                     axes.bar(x, ratio, 0.9 / (len(variants) + 1), color=colours[name], zorder=2, label=name)
                     axes.annotate(f"{ratio:.1f}", (x, ratio), ha="center", va="bottom", fontsize=6)
         axes.set_title(workload, fontsize=8)
-        axes.set_xticks(range(len(passes)), passes, fontsize=8)
+        axes.set_xticks(range(len(passes)), [f"{which}\n({method})" for which, method in passes], fontsize=7)
         axes.axhline(1, color="#444444", linewidth=0.8, zorder=3)
         _tidy(axes)
     grid[0, 0].set_ylabel("time / ours (lower is faster)")
@@ -109,8 +115,8 @@ def _legend(figure: Figure, all_axes: Iterable[Axes]) -> None:
 
 
 def draw_roofline(rows: Sequence[Row], ceilings: Ceilings) -> Figure | None:
-    """Achieved rate over arithmetic intensity, under what the machine was measured to do at best."""
-    rows = [row for row in _timed(rows, operation="layer") if row["kind"] != "bound"]
+    """Achieved rates over arithmetic intensity, below the measured ceilings of the machine."""
+    rows = [row for row in _eager(_timed(rows, operation="layer")) if row["kind"] != "bound"]
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(8, 5.2))
@@ -135,8 +141,8 @@ def draw_roofline(rows: Sequence[Row], ceilings: Ceilings) -> Figure | None:
 
 
 def draw_memory(rows: Sequence[Row]) -> Figure | None:
-    """Most memory of forward and backward together."""
-    rows = [row for row in _timed(rows, operation="layer", **{"pass": "both"}) if row["peak_mb"]]
+    """Peak memory of forward and backward together."""
+    rows = [row for row in _eager(_timed(rows, operation="layer", **{"pass": "both"})) if row["peak_mb"]]
     if not rows:
         return None
     workloads, variants, colours = _unique(rows, "workload"), _unique(rows, "variant"), _colours(rows)
@@ -156,8 +162,8 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_scaling(rows: Sequence[Row]) -> Figure | None:
-    """Time over the number of tokens, for workloads that differ in nothing else."""
-    rows = [row for row in _timed(rows, operation="layer") if "skewed" not in row["workload"]]
+    """Time over the number of tokens, for workloads that are otherwise equal."""
+    rows = [row for row in _eager(_timed(rows, operation="layer")) if "skewed" not in row["workload"]]
     families: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         families.setdefault(tuple(row[letter] for letter in "KEDFO"), []).append(row)
@@ -181,7 +187,7 @@ def draw_scaling(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw(rows: Sequence[Row], ceilings: Ceilings, stem: Path) -> list[Path]:
-    """Write every picture that the rows are enough for, as `stem`-NAME.png; returns their paths."""
+    """Write every picture for which there are rows, as `stem`-NAME.png; returns their paths."""
     figures = {f"bars-{operation}": draw_bars(rows, operation) for operation in _unique(rows, "operation")}
     figures |= {"roofline": draw_roofline(rows, ceilings), "memory": draw_memory(rows), "scaling": draw_scaling(rows)}
     paths = []
@@ -195,7 +201,7 @@ def draw(rows: Sequence[Row], ceilings: Ceilings, stem: Path) -> list[Path]:
 
 
 def ceilings_of(rows: Sequence[Row]) -> Ceilings:
-    """Those that the floors of the rows were computed with."""
+    """The ceilings with which the floors of the rows were computed."""
     work = [(_work(row), float(row["floor_ms"]) / 1e3) for row in _timed(rows)]
     return Ceilings(max(flops / floor for (flops, _), floor in work), max(moved / floor for (_, moved), floor in work))
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import layers, run
 from benchmarks.gate import Gate, results_of
-from benchmarks.measure import Ceilings
+from benchmarks.measure import Ceilings, Timing
 from benchmarks.operations import LAYER, OPERATIONS
 from benchmarks.variants import MissingVariantError, Variant, of_layer
 from benchmarks.workloads import CPU, GPU, PASSES, Workload, make_layer
@@ -156,6 +156,66 @@ def test_the_command_lists_and_refuses(capsys):
     assert "scattermoe (peer)" in capsys.readouterr().out
     assert run.main(["--device", "cpu", "--shape", "nothing like it"]) == 2
     assert "--shape: expected part of a workload's name" in capsys.readouterr().err
+
+
+def timed_on_a_card(monkeypatch, events, graph, floor_ms):
+    """Rows of a forward and a backward as on a card, where variants take these milliseconds by each method; those that
+    `graph` leaves out cannot be captured."""
+    monkeypatch.setattr(run, "peak_bytes", lambda *_: None)
+    monkeypatch.setattr(run, "count_launches", lambda *_: None)
+    monkeypatch.setattr(
+        run, "timings_of", lambda f, _, *rest, real=run.timings_of, **options: real(f, CUDA, *rest, **options)
+    )
+    inputs = make_layer(BIASED, torch.float32, CPU_DEVICE)
+    variants = {
+        name: Variant(of_layer(layers.sorted_loop), "ours" if name == "cumo" else "baseline") for name in events
+    }
+    ceilings = Ceilings(1e30, LAYER.bytes(BIASED, "forward", 4) / floor_ms * 1e3)
+    made = run.Bench(replace(LAYER, variants=variants), inputs, ("forward", "backward"), ceilings, 0.0)
+    rows = []
+    for name, variant in variants.items():
+        monkeypatch.setattr(run, "time_call", lambda *_, name=name: Timing(*[events[name]] * 3, 10, "events"))
+        replayed = Timing(*[graph[name]] * 3, 10, "graph") if name in graph else None
+        monkeypatch.setattr(run, "time_replay", lambda *_, replayed=replayed: replayed)
+        rows += made.rows(name, variant)
+    return rows
+
+
+CUDA = torch.device("cuda")
+EVENTS, GRAPH = {"cumo": 0.28, "quick": 0.14, "slow": 0.56, "syncs": 0.84}, {"cumo": 0.1, "quick": 0.12, "slow": 0.5}
+
+
+def test_short_work_is_timed_by_both_methods_and_compared_within_each(monkeypatch):
+    rows = timed_on_a_card(monkeypatch, EVENTS, GRAPH, floor_ms=0.05)
+    timed = {(row["pass"], row["method"], row["variant"]): row["p50_ms"] for row in rows}
+    assert {key for key in timed if key[:2] == ("forward", "graph")} == {("forward", "graph", name) for name in GRAPH}
+    for which in ("forward", "backward"):
+        assert {key[2] for key in timed if key[:2] == (which, "events")} == set(EVENTS)
+    assert not any(method == "graph" for which, method, _ in timed if which == "backward")
+    shown = [line.split() for line in run.summary(rows).splitlines() if line.startswith("forward")]
+    ratios = {(method, name): ratio for _, method, name, _, _, _, ratio, *_ in shown}
+    assert ratios == {
+        ("events", "cumo"): "1.00", ("events", "quick"): "0.50", ("events", "slow"): "2.00",
+        ("events", "syncs"): "3.00",
+        ("graph", "cumo"): "1.00", ("graph", "quick"): "1.20", ("graph", "slow"): "5.00",
+    }  # fmt: skip
+
+
+def test_long_work_is_timed_by_events_alone(monkeypatch):
+    rows = timed_on_a_card(monkeypatch, EVENTS, GRAPH, floor_ms=0.6)
+    assert {row["method"] for row in rows} == {"events"}
+
+
+def test_pictures_keep_methods_apart(monkeypatch):
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import draw_bars
+
+    rows = [row | {"workload": CPU[0].name} for row in timed_on_a_card(monkeypatch, EVENTS, GRAPH, floor_ms=0.05)]
+    axes = draw_bars(rows, "layer").axes[0]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["forward\n(events)", "forward\n(graph)", "backward\n(events)"]
+    heights = [round(bar.get_height(), 2) for bar in axes.patches]
+    assert heights == [1.0, 0.5, 2.0, 3.0, 1.0, 1.2, 5.0, 1.0, 0.5, 2.0, 3.0]
 
 
 def test_pictures_are_drawn(tmp_path):
