@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every example runs as it stands, and says what it should."""
 
+import json
 import os
 import re
 import subprocess
@@ -78,13 +79,35 @@ def test_expert_parallel():
 def test_expert_load(tmp_path):
     for package in ("transformers", "matplotlib"):
         pytest.importorskip(package)
-    shown = run("expert_load", tmp_path / "load.png")
-    assert len(numbers(r"evenness (\S+) of 1", shown)) == 2
+    shown = run("expert_load", "--output", tmp_path / "load.png")
+    assert len(numbers(r"evenness (\S+) of 1", shown)) == 4, "two layers at two scales"
+    assert (tmp_path / "load.png").stat().st_size > 5000
+    # of a log, with any number of experts
+    twelve = [0.0] * 6 + [1 / 6] * 6
+    load = {"vision": {"0": {"1": [0.25, 0.75]}}, "connector": [0.5, 0.5], "text": {"0": twelve, "1": twelve}}
+    lines = [{"step": 1, "expert_load": {"connector": [1.0, 0.0]}}, {"step": 2, "expert_load": load}, {"step": 3}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = run("expert_load", "--log", tmp_path / "log.jsonl", "--output", tmp_path / "log.png")
+    assert "encoder, scale 1, layer 0: [0.25, 0.75], evenness 0.811 of 1" in shown
+    assert "connector, layer 0: [0.5, 0.5], evenness 1.000 of 1" in shown and shown.count("0.167") == 12
+    assert (tmp_path / "log.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_expert_load_of_a_checkpoint(tmp_path):
+    for package in ("transformers", "matplotlib"):
+        pytest.importorskip(package)
+    from tests.inference.tiny import picture, save_model
+
+    save_model(tmp_path / "model")
+    paths = [tmp_path / f"{index}.png" for index in range(2)]
+    for index, path in enumerate(paths):
+        picture(index).save(path)
+    options = ("--model", tmp_path / "model", "--output", tmp_path / "load.png", *paths)
+    assert len(numbers(r"evenness (\S+) of 1", run("expert_load", *options))) >= 2
     assert (tmp_path / "load.png").stat().st_size > 5000
 
 
 def test_every_example_has_a_test():
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} - {
-        "every_example_has_a_test"
-    }
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= tests

@@ -77,7 +77,7 @@ def test_what_keeps_its_precision(monkeypatch):
     ]
     assert [name for name in kept + quantised if not should_convert_module(name, NOT_QUANTIZED)] == kept
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-    monkeypatch.setattr("cumo.inference.loading.BitsAndBytesConfig", dict)
+    monkeypatch.setattr("cumo.models.quantization.BitsAndBytesConfig", dict)
     assert quantization_config("int8")["llm_int8_skip_modules"] == NOT_QUANTIZED
     nf4 = quantization_config("nf4", torch.float16)
     assert nf4["llm_int8_skip_modules"] == NOT_QUANTIZED
