@@ -154,7 +154,7 @@ def measure(size: str, case: str, variant: str, images: int, device: str, dtype:
     fingerprint = subject.case("vision")()
     assert isinstance(fingerprint, Tensor)
     _host_peak(reset=True)
-    timing = time_call(run, place, budget_s, may_capture=False)
+    timing = time_call(run, place, budget_s)
     peak = peak_bytes(run, place)
     unit, count = subject.units(case)
     return {

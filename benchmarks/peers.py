@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's layers, if they can be imported: one small adapter each. Nothing here is installed by this project.
+"""One small adapter for the layer of each other library. This project installs none of them.
 
-Each adapter was written against the commit that it names; another version may refuse, which is then reported as missing
-or failed.
+An adapter fits the version that it names: the names, order and layout of arguments were compared with its source. With
+another version it may fail, which its row then says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def _demand(condition: bool, reason: str) -> None:
 
 
 def scattermoe(inputs: LayerInputs) -> Tensor:
-    """ScatterMoE (arXiv 2403.08245; shawntan/scattermoe at 47b5e15)."""
+    """ScatterMoE (arXiv 2403.08245; shawntan/scattermoe at 2d15f31).
+
+    Its backward overwrites what its forward saved: gradients are right the first time only, which is when they are
+    compared; later runs on the same graph, as in the pass "backward", do the same work.
+    """
     experts = _imported("scattermoe.parallel_experts")
     case = inputs.workload.case
     sorted_N, scattered_N, offset_E = experts.flatten_sort_count(inputs.expert_TK.long(), num_experts=case.E)
@@ -47,7 +51,7 @@ def scattermoe(inputs: LayerInputs) -> Tensor:
 
 
 def liger(inputs: LayerInputs) -> Tensor:
-    """Liger-Kernel (linkedin/Liger-Kernel, August 2026): SwiGLU without biases."""
+    """Liger-Kernel (liger-kernel 0.8.5): SwiGLU without biases."""
     fused_moe = _imported("liger_kernel.ops.fused_moe")
     case = inputs.workload.case
     _demand(case.gated and case.activation == "silu" and not case.bias, "liger computes SwiGLU without biases only")
@@ -57,8 +61,8 @@ def liger(inputs: LayerInputs) -> Tensor:
 
 
 def megablocks(inputs: LayerInputs) -> Tensor:
-    """MegaBlocks (arXiv 2211.15841; databricks/megablocks, June 2025), its grouped path: gather, a matrix product per
-    expert whose sizes the host reads, scatter."""
+    """The grouped path of MegaBlocks (arXiv 2211.15841; megablocks 0.10.0): gather, a matrix product per expert, scatter.
+    The host reads the sizes of the products."""
     ops, gmm = _imported("megablocks.ops"), _imported("grouped_gemm").ops.gmm
     case = inputs.workload.case
     _demand(not case.bias, "megablocks has one bias for all experts together")
@@ -74,7 +78,7 @@ def megablocks(inputs: LayerInputs) -> Tensor:
 
 
 def unsloth(inputs: LayerInputs) -> Tensor:
-    """Unsloth's grouped GEMM (unsloth 2026.10.9), through its public function, which tunes itself at first."""
+    """Unsloth's grouped GEMM (unsloth 2026.10.9) through its public function, which tunes its tiles on the first call."""
     interface = _imported("unsloth.kernels.moe.grouped_gemm.interface")
     case = inputs.workload.case
     _demand(not case.bias, "unsloth's grouped GEMM has no biases")
@@ -104,7 +108,8 @@ def _sonic_leaves(inputs: LayerInputs, w1_EFD: Tensor) -> list[Tensor]:
 
 
 def _sonic(inputs: LayerInputs) -> Call:
-    """SonicMoE (arXiv 2512.14080; Dao-AILab/sonic-moe, December 2025), which runs QuACK's GEMMs where they are."""
+    """SonicMoE (arXiv 2512.14080; sonic-moe 0.1.2.post1). Its gate and up rows alternate; they are rearranged before the
+    time begins."""
     functional, enums = _imported("sonicmoe.functional"), _imported("sonicmoe.enums")
     case = inputs.workload.case
     _demand(case.gated and case.activation == "silu" and not case.bias, "sonicmoe has no exact GELU and no quick_gelu")
