@@ -19,7 +19,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """Add the arguments of `cumo serve`."""
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any (default: %(default)s)")
@@ -77,8 +77,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def server_options(limits: Limits) -> dict[str, Any]:
-    """Of uvicorn."""
+    """Settings of uvicorn."""
+    from cumo.serve.protocol import with_header_timeout
+
     return {
+        "http": with_header_timeout(limits.header_seconds),
         # connections, beyond which the server answers 503 without looking; requests beyond the queue get a 429
         "limit_concurrency": 4 * limits.slots + 64,
         "timeout_keep_alive": 15,

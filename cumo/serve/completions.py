@@ -224,7 +224,7 @@ class ChatCompletions:
             raise ApiError(
                 404, f"model: expected {self._model_id!r}, got {str(request.model)[:80]!r}", "model_not_found"
             )
-        parts = [part for message in request.messages for part in message.content if not isinstance(part, str)]
+        parts = [part for message in request.messages if isinstance(message.content, list) for part in message.content]
         texts = [message.content for message in request.messages if isinstance(message.content, str)]
         texts += [part.text for part in parts if not isinstance(part, ImagePart)]
         for name, limit, given in (
@@ -260,6 +260,9 @@ class ChatCompletions:
             except ValueError as error:
                 code = "context_length_exceeded" if "tokens of the model" in str(error) else None
                 raise ApiError(400, str(error), code) from error
+            tokens, limit = len(row.prompt_ids) + row.max_new_tokens, self._engine.limits.max_batch_tokens
+            if tokens > limit:
+                raise ApiError(400, f"messages: expected up to {limit} tokens with the answer, got {tokens}")
             rows.append(row)
         return rows
 

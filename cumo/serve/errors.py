@@ -65,5 +65,5 @@ def sentence(error: ValidationError) -> str:
     shown = repr(first["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     if first["type"] == "extra_forbidden":
-        return f"{path}: this server does not know it, got {shown}"
+        return f"{path}: unsupported field, got {shown}"
     return f"{path}: {message[0].lower()}{message[1:]}, got {shown}" if path else message

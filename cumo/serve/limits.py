@@ -18,34 +18,38 @@ class Limits:
     """
 
     max_body_bytes: int = 32 * MIB
-    """Of a request."""
+    """Bytes of a request's body."""
     max_images: int = 8
-    """Of all messages of a request."""
+    """Pictures in all messages of a request."""
     max_image_bytes: int = 16 * MIB
-    """Of a picture's file, decoded from base64 or fetched."""
+    """Bytes of a picture's file, decoded from base64 or fetched."""
     max_image_pixels: int = 40_000_000
-    """Of a picture."""
+    """Width times height of a picture."""
     max_image_side: int = 8192
-    """Of a picture, in pixels: it is padded to a square before it is scaled down, so a long thin one grows."""
+    """Pixels of a picture's longer side: it is padded to a square before it is scaled down, so a thin one grows."""
     max_text_bytes: int = MIB
-    """Of the text of all messages together, in UTF-8."""
+    """Bytes of the text of all messages together, in UTF-8."""
     max_messages: int = 256
+    """Messages of a request."""
     max_tokens: int = 2048
-    """Of an answer."""
+    """Tokens of an answer."""
     default_tokens: int = 512
-    """Of an answer, where the request does not say."""
+    """Tokens of an answer at most, where the request does not say."""
     max_choices: int = 8
-    """`n` of a request."""
+    """Answers to a request (`n`)."""
     max_batch_size: int = 8
     """Answers that are generated together."""
     max_batch_tokens: int = 32768
-    """Of a batch: its rows times the longest of them, prompt and answer. Bounds the memory of keys and values."""
+    """Tokens of a batch: its rows times the longest of them, prompt and answer, and of a request by itself. Bounds the
+    memory of keys and values."""
     max_queue: int = 64
     """Requests that wait for the batch that runs now; more are answered with 429."""
+    header_seconds: float = 15.0
+    """For the headers of a request to arrive; then the connection is closed."""
     upload_seconds: float = 60.0
-    """For a request to arrive."""
+    """For the body of a request to arrive."""
     fetch_seconds: float = 10.0
-    """For a picture of the web."""
+    """For a picture of the web to arrive."""
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -24,6 +24,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
+# Fields of a message that this server never fills, and accepts empty.
+OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 
 
 class _Model(BaseModel):
@@ -90,15 +92,22 @@ Content = Annotated[
 
 
 class Message(_Model):
-    """What somebody said."""
+    """What somebody said; answers come back with the empty fields that OpenAI's client gives them."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: field for name, field in value.items() if field or name not in OF_ANSWERS}
+
 
 class StreamOptions(_Model):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False

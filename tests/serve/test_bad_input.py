@@ -176,7 +176,7 @@ BAD_FIELDS = [
     ({"tools": [{"type": "function"}]}, "tools", "this server does not support it"),
     ({"response_format": {"type": "json_object"}}, "response_format", "this server does not support it"),
     ({"logprobs": True}, "logprobs", "this server does not support it"),
-    ({"temprature": 1}, "temprature", "this server does not know it, got 1"),
+    ({"temprature": 1}, "temprature", "unsupported field, got 1"),
     ({"messages": []}, "messages", "at least 1 item"),
     ({"messages": "hello"}, "messages", "valid list, got 'hello'"),
     ({"messages": ["hello"]}, "messages[0]", "messages[0]: "),

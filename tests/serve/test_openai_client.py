@@ -77,6 +77,17 @@ def test_several_pictures_turns_and_a_system_prompt(client, pipeline):
     assert again.choices[0].message.content == response.choices[0].message.content
 
 
+def test_an_answer_goes_back_as_the_client_holds_it(client):
+    messages = [user("Hello")]
+    message = client.chat.completions.create(messages=messages, **GREEDY).choices[0].message
+    said = {"role": "assistant", "content": message.content}
+    expected = client.chat.completions.create(messages=[*messages, said, user("And?")], **GREEDY)
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": []}
+    for form in (message, message.model_dump(), message.to_dict(), said | empty):
+        again = client.chat.completions.create(messages=[*messages, form, user("And?")], **GREEDY)
+        assert again.choices[0].message.content == expected.choices[0].message.content
+
+
 def test_waiting_requests_are_answered_together(pipeline):
     questions = [("Hello",), ("What?", picture(1)), ("Why?", picture(2), picture(3)), ("Who?",), ("Where?", picture(4))]
     begun, go = threading.Event(), threading.Event()

@@ -2,9 +2,11 @@
 """Clients that hang up, that are slow, that are too many: places come free, and the server goes on."""
 
 import asyncio
+import dataclasses
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -194,6 +196,51 @@ def test_a_body_that_does_not_come(pipeline):
         assert b" 408 " in slow.recv(4096).splitlines()[0]
         slow.close()
         until(server.is_idle)
+
+
+def test_headers_that_do_not_come(pipeline):
+    """Connections that are opened and say nothing, or half of a header, give their places back, again and again."""
+    limits = Limits(header_seconds=0.5)
+    with serving(pipeline, limits) as server:
+        for _ in range(2):
+            silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4 * limits.slots + 70)]
+            for connection in silent[::2]:
+                connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
+            until(lambda: server.request("GET", "/health")[0] == 200)
+            for connection in silent:
+                connection.settimeout(30)
+                assert connection.recv(1) == b""
+                connection.close()
+
+
+def test_headers_that_stop_in_the_second_request(pipeline):
+    with serving(pipeline, Limits(header_seconds=0.5)) as server:
+        connection = socket.create_connection(("127.0.0.1", server.port))
+        connection.settimeout(30)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b" 200 " in connection.recv(65536).splitlines()[0]
+        connection.sendall(b"GET /health HTT")
+        while connection.recv(65536):
+            pass
+        connection.close()
+
+
+def test_a_long_answer_outlives_the_time_for_headers(pipeline):
+    limits = dataclasses.replace(PATIENT, header_seconds=0.1)
+    with serving(pipeline, limits) as server, server.client() as client:
+        with client.chat.completions.create(messages=[user("Hello")], stream=True, **LONG) as stream:
+            next(stream)
+            time.sleep(0.5)
+            next(stream)
+            assert server.metric("cumo_answers_running") == 1
+        until(server.is_idle)
+
+
+def test_a_request_larger_than_a_batch_is_refused(pipeline):
+    with serving(pipeline, Limits(max_batch_tokens=100)) as server:
+        status, answer = server.chat({"messages": [user("Hello")], "max_tokens": 400})
+        assert status == 400
+        assert answer["error"]["message"].startswith("messages: expected up to 100 tokens with the answer, got 4")
 
 
 def test_the_end_of_the_server_ends_answers(pipeline):
