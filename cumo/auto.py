@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -53,9 +54,15 @@ class _AutoFinder(MetaPathFinder):
 
 
 def _import_all(modules: Sequence[str]) -> None:
+    """Import what registers itself. Where that is impossible, whoever imported transformers can still use it: they may
+    want the layers of `cumo.nn` alone."""
     for name in modules:
-        if name not in sys.modules:  # one that is being imported now registers itself at its end
+        if name in sys.modules:  # one that is being imported now registers itself at its end
+            continue
+        try:
             importlib.import_module(name)
+        except ImportError as error:
+            warnings.warn(f"transformers' Auto classes do not know CuMo: {error}", stacklevel=2)
 
 
 def register() -> None:

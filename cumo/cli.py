@@ -75,9 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == "cumo":
             raise
         extra = COMMANDS[name].extra
-        print(
-            f"cumo {name}: error: {error.name} is not installed; the extra [{extra}] of cumo needs it", file=sys.stderr
-        )
+        hint = f"the extra {extra!r} brings it: pip install '.[{extra}]' in the sources of cumo"
+        print(f"cumo {name}: error: {error.name} is not installed; {hint}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"cumo {name}: error: {error}", file=sys.stderr)

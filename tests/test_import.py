@@ -40,6 +40,19 @@ def test_every_name_can_be_the_first_that_is_imported(name):
 
 
 @pytest.mark.slow
+def test_transformers_can_be_used_where_the_models_cannot():
+    """As with a transformers older than ours, or without Pillow: the layers alone do not need them."""
+    pytest.importorskip("transformers")
+    code = (
+        "import sys; sys.modules['PIL'] = None; from cumo.nn import MoEMLP; "
+        "from transformers import AutoConfig, AutoModel, AutoProcessor; AutoConfig.for_model('llama')"
+    )
+    result = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "transformers' Auto classes do not know CuMo" in result.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("absent", "arguments", "extra"),
     [
@@ -55,4 +68,5 @@ def test_a_command_says_at_once_what_is_not_installed(absent, arguments, extra, 
     )
     command = arguments[0]
     assert result.returncode == 2
-    assert result.stderr == f"cumo {command}: error: {absent} is not installed; the extra [{extra}] of cumo needs it\n"
+    hint = f"the extra {extra!r} brings it: pip install '.[{extra}]' in the sources of cumo"
+    assert result.stderr == f"cumo {command}: error: {absent} is not installed; {hint}\n"
