@@ -86,8 +86,8 @@ def assert_correct(
     against the loop in float64. `tensors` are those that the caller of `name`, or of `public`, holds, also under
     autocast; the loop gets them cast.
 
-    When a result hangs on few numbers, eager mode can be exact by chance. So the error is also allowed that arguments off
-    by up to half a unit cause, the largest of three draws: no computation can be blamed for it.
+    When a result hangs on few numbers, eager mode can be exact by chance. So an error is also allowed that arguments
+    off by up to half a unit cause, the largest of three draws: no computation can be blamed for it.
     The arguments that `decide` which experts are chosen are off in a way that changes no choice.
     """
     wrt = list(wrt)
