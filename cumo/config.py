@@ -114,7 +114,8 @@ class CuMoVisionConfig(PreTrainedConfig):
             rounded to bfloat16.
 
     Raises:
-        ValueError: a value does not fit.
+        ValueError: `encoder_config` is of another family, `num_experts_per_tok` is not in 1..num_experts, `scales` do
+            not rise from 1, or `feature_layer` or `probs_dtype` is out of range.
 
     Examples:
         >>> from cumo import CuMoVisionConfig
@@ -215,7 +216,9 @@ class CuMoConfig(PreTrainedConfig):
         tie_word_embeddings: taken from `text_config`, whatever is given.
 
     Raises:
-        ValueError: a value does not fit.
+        ValueError: `connector_type` or `aux_loss` is unknown, `connector_num_experts_per_tok` is not in
+            1..connector_num_experts, experts are asked of a linear connector, a coefficient is negative, or
+            `image_token_id` is no integer.
 
     Examples:
         >>> from cumo import CuMoConfig
@@ -313,7 +316,7 @@ class CuMoConfig(PreTrainedConfig):
             changes: arguments in place of the preset's.
 
         Raises:
-            ValueError: there is no such preset, or a value does not fit.
+            ValueError: `name` is no key of `PRESETS`, or a value in `changes` is refused.
         """
         check_one_of("name", name, PRESETS)
         return cls(**copy.deepcopy(PRESETS[name]) | changes)

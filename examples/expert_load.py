@@ -97,12 +97,11 @@ def plot(loads: Loads, target: Path) -> None:
         for expert in range(experts):
             shares = [share[expert] for share in layers.values()]
             colour = plt.get_cmap("tab20")(expert) if experts <= 20 else plt.get_cmap("turbo")(expert / experts)
-            axes.barh(range(len(layers)), shares, left=left, color=colour, label=f"expert {expert}")
+            axes.barh(range(len(layers)), shares, left=left, color=colour)
             left = [done + share for done, share in zip(left, shares, strict=True)]
             axes.axvline((expert + 1) / experts, color="black", linewidth=0.8, linestyle=":")
         axes.set(title=name, ylabel="layer", xlim=(0, 1), yticks=range(len(layers)), yticklabels=list(layers))
-        if experts <= 8:
-            axes.legend(ncols=4, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    panels[-1, 0].set_xlabel("share of the choices; expert 0 is the leftmost")
     figure.tight_layout()
     figure.savefig(target, dpi=150)
 

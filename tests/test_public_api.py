@@ -25,8 +25,8 @@ NN = {
     "normalize=True, router_dtype=torch.float32, probs_dtype=torch.float32, recompute=False, device=None, dtype=None",
     "expert_load": "routing, num_experts",
     "upcycle": "model, pattern, num_experts, top_k, **options",
-    "upcycle_mlp": "mlp, num_experts, top_k, *, activation=None, noise=0.0, generator=None, normalize=True, "
-    "router_dtype=torch.float32, probs_dtype=torch.float32, recompute=False",
+    "upcycle_mlp": "mlp, num_experts, top_k, *, activation=None, projections=None, noise=0.0, generator=None, "
+    "normalize=True, router_dtype=torch.float32, probs_dtype=torch.float32, recompute=False",
 }
 
 

@@ -18,7 +18,7 @@ class Sample(NamedTuple):
     """A conversation that passed every check that needs no picture."""
 
     id: object
-    """Of the row's `id`; None without."""
+    """The row's `id`, or None."""
     turns: list[dict[str, str]]
     """LLaVA's {"from": "human" or "gpt", "value": text}, question first, in turns."""
     system: str | None

@@ -30,7 +30,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> Any:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """A device; None is the first GPU, or the CPU where there is none.
+    """The device of that name; for None the first GPU, or the CPU of a machine without one.
 
     Raises:
         ValueError: `device` names no device, or a GPU where PyTorch finds none.

@@ -33,7 +33,7 @@ class CuMoConnector(nn.Module):
             )
 
     def forward(self, features: Tensor) -> tuple[Tensor, Routing | None]:
-        """The embeddings, and what the router did (None if there is none)."""
+        """Return the embeddings, and what the router did, which is None for a dense projection."""
         if isinstance(self.projection, MoEMLP):
             embeddings, routing = self.projection(features)
             return embeddings, routing

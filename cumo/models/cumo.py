@@ -318,7 +318,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         return embeddings.mean()
 
     def _text_routings(self, outputs: Any, attention_mask: Tensor | None) -> tuple[Routing, ...]:
-        """Of the language model's own routers: all tokens are one segment; "switch" leaves padding out."""
+        """What the language model's own routers did. All tokens are one segment, without padding in mode "switch"."""
         logits = [layer.flatten(0, -2) for layer in outputs.router_logits or ()]
         if not logits:
             return ()

@@ -109,7 +109,7 @@ def _up_name(module: ExpertsModule) -> str:
 
 
 def _fused_activation(module: ExpertsModule) -> str | None:
-    """The activation with which `cumo_kernels.moe_mlp` computes what `module` does; None if there is none."""
+    """The activation with which `cumo_kernels.moe_mlp` computes what `module` does; None if it cannot."""
     if _has_post_norm(module) or (module.has_gate and _has_own_gate(module)):
         return None
     return activation_name(module.act_fn)
@@ -188,7 +188,8 @@ def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Ten
         [T, H] in the dtype of `hidden_states`.
 
     Raises:
-        ValueError: `self` or an argument does not fit.
+        ValueError: `self` is no experts module, or `hidden_states`, `top_k_index` or `top_k_weights` has another shape,
+            dtype or device than the weights ask for.
         NotImplementedError: see `check_supported`.
     """
     check_supported(self)
@@ -218,8 +219,8 @@ def execution_paths(model: nn.Module) -> dict[str, Literal["fused", "composed"]]
 
     Raises:
         ValueError, NotImplementedError: one of them cannot run; see `check_supported`.
-        ValueError: there is none. The choice was not made, or transformers ignored it, as it does for models without
-            its experts interface.
+        ValueError: `model` has no experts module that is set to "cumo". The choice was not made, or transformers
+            ignored it, as it does for models without its experts interface.
     """
     paths: dict[str, Literal["fused", "composed"]] = {}
     module: Any

@@ -55,7 +55,7 @@ class _Source(NamedTuple):
     tensors: dict[str, Any] | None
     """By our names, where transformers cannot read them itself."""
     folder: Path | None
-    """Of the hub's repository, where it was downloaded."""
+    """Where the files lie, if the model is made of `tensors`."""
 
 
 class LoadsBothLayouts(PreTrainedModel):

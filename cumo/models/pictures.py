@@ -126,9 +126,9 @@ def read_rgb(source: Path | BinaryIO, name: str) -> Image.Image:
         name: what errors call it.
 
     Raises:
-        ValueError: it cannot be decoded to its end, or has so many pixels that Pillow takes it for an attack
+        ValueError: the file cannot be decoded to its end, or has so many pixels that Pillow takes it for an attack
             (`PIL.Image.MAX_IMAGE_PIXELS`).
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist or cannot be read.
     """
     if isinstance(source, Path):
         if "\0" in str(source):
@@ -156,7 +156,7 @@ def check_extent(picture: Image.Image, size: int, pad: bool) -> None:
         pad: the picture is padded to a square before it is scaled down; otherwise its shorter side is scaled to `size`.
 
     Raises:
-        ValueError: it is.
+        ValueError: the square would have more than `MAX_PIXELS` pixels, or `picture` has none.
     """
     longest, shortest = max(picture.size), min(picture.size)
     if shortest < 1:
@@ -170,7 +170,7 @@ def check_extent(picture: Image.Image, size: int, pad: bool) -> None:
 
 
 def pad_to_square(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """In the middle of a square of that colour, as transformers and the published code pad; a square as it is."""
+    """Put a picture in the middle of a square of that colour, as transformers does; a square is returned as it is."""
     longest = max(picture.size)
     if picture.width == picture.height:
         return picture

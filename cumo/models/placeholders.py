@@ -42,7 +42,7 @@ def fill_placeholders(embeddings: Tensor, is_image: Tensor, features: Tensor | N
         features: [images, patches, D], or None without pictures.
 
     Raises:
-        ValueError: there are more or fewer placeholders than features.
+        ValueError: `is_image` has more or fewer placeholders than `features` has rows.
     """
     compiling = torch.compiler.is_compiling()
     if features is None:
@@ -62,7 +62,7 @@ def pictures_per_row(is_image: Tensor, patches: int) -> list[int]:
     """How many pictures each row [L] of a mask [B, L] of placeholders has.
 
     Raises:
-        ValueError: a row has a part of a picture.
+        ValueError: a row has placeholders for a part of a picture.
     """
     counts: list[int] = is_image.sum(dim=1).tolist()
     if any(count % patches for count in counts):
@@ -79,7 +79,7 @@ def repeat_pictures(pictures: Any, counts: list[int], times: int) -> Any:
         times: how often each sample is repeated.
 
     Raises:
-        ValueError: there are more or fewer pictures than `counts` says.
+        ValueError: `pictures` has more or fewer pictures than `counts` adds up to.
 
     Examples:
         >>> import torch

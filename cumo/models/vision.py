@@ -187,7 +187,7 @@ class CuMoVisionModel(LoadsBothLayouts, CuMoVisionPreTrainedModel):
         return features, tuple(routings)
 
     def unused_parameters(self) -> list[nn.Parameter]:
-        """Those of blocks behind the feature layer, which get no gradient unless `config.keep_unused_layers`."""
+        """Parameters of the blocks behind the feature layer; none with `config.keep_unused_layers`: they train then."""
         if self.config.keep_unused_layers:
             return []
         return [parameter for layer in self.layers[self.config.num_used_layers :] for parameter in layer.parameters()]

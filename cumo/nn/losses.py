@@ -40,7 +40,7 @@ def routing_losses(routings: Sequence[Routing], group_sizes: Sequence[int], mode
         mode: "cumo" or "switch".
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: `routings` is empty, `group_sizes` does not add up to S, or `mode` is unknown.
 
     Examples:
         >>> import torch, cumo_kernels as ck

@@ -77,7 +77,8 @@ class MoEMLP(nn.Module):
         dtype: of the parameters.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: a size is no positive integer, `top_k` is not in 1..E, or `activation`, `router_dtype` or
+            `probs_dtype` is none of those above.
 
     Examples:
         >>> import torch
@@ -166,7 +167,8 @@ class MoEMLP(nn.Module):
             losses of each segment in the order of the images; of no segment where there are no images or empty ones.
 
         Raises:
-            ValueError: an argument does not fit.
+            ValueError: `x` has another width or dtype, `residual` another shape than the output, or `segment` does not
+                divide the number of tokens.
         """
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x: expected shape [..., {self.d_in}] (d_in), got {list(x.shape)}")
@@ -243,7 +245,7 @@ def expert_load(routing: ck.Routing, num_experts: int) -> Tensor:
         num_experts: E.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: `num_experts` is no positive integer.
 
     Examples:
         >>> import torch, cumo_kernels as ck

@@ -319,7 +319,8 @@ def upcycle_mlp(
         recompute: see `MoEMLP`.
 
     Raises:
-        ValueError: `mlp` holds something else, or an argument does not fit.
+        ValueError: `mlp` holds something else, quantised layers or dropout; `projections` does not name its layers;
+            `normalize` is False; `noise` is negative; or `MoEMLP` refuses an argument.
 
     Examples:
         >>> import torch

@@ -18,7 +18,7 @@ NAME = "default"
 
 
 def quantization(lora: Lora, compute: torch.dtype) -> Any:
-    """How to load the model: with the language model's linear layers but the routers in 4 bits, or None for as it is.
+    """The configuration that puts linear layers of the language model into 4 bits; None without `lora.bits`.
 
     Raises:
         ValueError: bitsandbytes is not installed.

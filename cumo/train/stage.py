@@ -63,7 +63,7 @@ class StageResult(NamedTuple):
     """What came of a stage."""
 
     folder: Path
-    """Of the trained model and its processor."""
+    """Where the trained model and its processor lie."""
     steps: int
     loss: float
     """Mean of the log's losses in the last tenth of the steps."""
