@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.compile`: compile, for a GPU that need not be there, every kernel that the benchmarks time."""
+"""`python -m benchmarks.compile`: compile every kernel that the benchmarks time, without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cumo_kernels.inspect import DTYPES, TARGETS, faults, sources
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; 1 if a kernel spills, or leaves tensor cores or TMA unused."""
+    """Entry point; returns 1 if a kernel has a fault, as `cumo_kernels.inspect` defines it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile", description=__doc__)
     parser.add_argument("--arch", choices=TARGETS, default="sm_90")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")

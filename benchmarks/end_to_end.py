@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.end_to_end`: CuMo as a whole, beside its published way to compute the vision side.
+"""`python -m benchmarks.end_to_end`: time the whole model, with our vision side and with the published one.
 
-Both run the same random weights, each in a process of its own. What is timed:
+Both have the same random weights, and each runs in a process of its own. The cases:
 
 - vision: encoder and connector, inference; vision-train: the same with backward;
 - train: forward and backward of the whole model on pictures with text;
@@ -45,7 +45,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
 def build(size: str, device: torch.device, dtype: torch.dtype) -> CuMoForConditionalGeneration:
-    """A random model, made on the device."""
+    """A model with random weights, made on the device."""
     config = CuMoConfig(**copy.deepcopy(SIZES[size]))
     with torch.device("meta"):
         model = CuMoForConditionalGeneration(config)
@@ -69,7 +69,7 @@ def build(size: str, device: torch.device, dtype: torch.dtype) -> CuMoForConditi
 
 
 def use_variant(model: CuMoForConditionalGeneration, variant: str) -> None:
-    """Let the model compute its vision side in one of the two ways."""
+    """Select our vision side or the published one."""
     if variant == "published_loop":
         from benchmarks.published_style import image_features
 
@@ -92,7 +92,7 @@ class Subject:
         self.labels = self.ids.masked_fill(self.ids == self.model.config.image_token_id, -100)
 
     def case(self, name: str) -> Callable[[], object]:
-        """What is run again and again."""
+        """The function to be timed."""
         cases = {
             "vision": self._vision,
             "vision-train": self._vision_train,
@@ -102,7 +102,7 @@ class Subject:
         return cases[name]
 
     def units(self, name: str) -> tuple[str, int]:
-        """What a rate counts, and how many of them a run does."""
+        """The unit of the rate, and how many of them one run makes."""
         if name == "generate":
             return "new tokens/s", NEW_TOKENS * len(self.pixels)
         return ("tokens/s", self.ids.numel()) if name == "train" else ("images/s", len(self.pixels))
@@ -136,7 +136,7 @@ class Subject:
 
 
 def _host_peak(reset: bool = False) -> int | None:
-    """Most memory of this process since the last reset; None where the system does not tell."""
+    """Peak memory of this process since the last reset; None if the system does not report it."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None

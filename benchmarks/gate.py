@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate in front of every timing: a variant that is wrong has no time."""
+"""The gate before every timing: a variant with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ TOKENS_ON_CUDA, TOKENS_ON_CPU = 16384, 2048  # of which float64 copies fit in me
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a variant is off, where it is off most for what is allowed there."""
+    """The error of a variant in the result where it is largest relative to what is allowed."""
 
     error: float
-    """Relative, by norms."""
+    """Norm of the difference over that of the expected result."""
     allowed: float
-    """Twice the error of eager PyTorch in the same dtype, and one rounding."""
+    """Twice the error of eager PyTorch in the same dtype, plus the epsilon of the dtype."""
     worst: str
-    """What it is of: output, or the number of a gradient."""
+    """The result in question: the output, or a gradient by its number."""
 
     @property
     def passed(self) -> bool:
-        """Whether it may be timed; NaN never."""
+        """Whether the variant may be timed. With NaN it may not."""
         return self.error <= self.allowed
 
 
 def results_of(call: Call, backward: bool) -> list[Tensor]:
-    """Output and, if asked for, gradients from a cotangent that depends on the shape alone."""
+    """The output and, with `backward`, the gradients from a cotangent that depends on nothing but the shape."""
     with torch.set_grad_enabled(backward):
         y = call.run()
     if not backward:
@@ -41,7 +41,7 @@ def results_of(call: Call, backward: bool) -> list[Tensor]:
 
 
 def cotangent_of(call: Call, y: Tensor) -> Tensor:
-    """The one that the call brings, or random numbers."""
+    """The cotangent of the call, or else random numbers."""
     if call.cotangent is not None:
         return call.cotangent
     generator = torch.Generator().manual_seed(2)
@@ -49,7 +49,7 @@ def cotangent_of(call: Call, y: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over that of what is expected; infinite for another shape."""
+    """Norm of the difference over that of the expected result; infinite if the shapes differ."""
     if actual.shape != expected.shape:
         return float("inf")
     expected = expected.double()
@@ -59,7 +59,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 class Gate:
-    """Holds variants of one operation and workload against the float64 reference, at most on its first tokens.
+    """Compares variants of an operation and workload with the float64 reference, on the first tokens if there are many.
 
     A variant may be off by twice what the reference itself is off in the dtype that is timed (the rule of QuACK's and
     FlashAttention's tests), for the output and each gradient, and by the dtype's epsilon.
@@ -75,7 +75,7 @@ class Gate:
         self._known: dict[Prepare, tuple[list[Tensor], list[float]]] = {}
 
     def _standard(self, exact: Prepare) -> tuple[list[Tensor], list[float]]:
-        """What is expected, and what is allowed of each."""
+        """The expected results, and the error allowed in each."""
         if exact not in self._known:
             expected = results_of(exact(self.precise), self.backward)
             eager = results_of(exact(self.inputs), self.backward)
@@ -85,11 +85,11 @@ class Gate:
         return self._known[exact]
 
     def judge(self, prepare: Prepare, exact: Prepare | None = None) -> Verdict:
-        """The verdict on a variant.
+        """Compare a variant with what is expected of it.
 
         Args:
             prepare: the variant.
-            exact: what it is held against in place of the operation's reference.
+            exact: compared with this in place of the reference of the operation.
         """
         expected, allowed = self._standard(exact or self._exact)
         actual = results_of(prepare(self.inputs), self.backward)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expert layer in several ways, each a function from `LayerInputs` to y [T, O]: ours, baselines and a bound."""
+"""Implementations of the expert layer, each a function from `LayerInputs` to y [T, O]: ours, baselines and a bound."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def cumo(inputs: LayerInputs, recompute: bool = False) -> Tensor:
 
 
 def exact(inputs: LayerInputs) -> Tensor:
-    """What every variant is held against: the reference, in whatever dtype the inputs have."""
+    """The reference, in the dtype of the inputs, with which every variant is compared."""
     with ck.use_backend("reference"):
         return cumo(inputs)
 
 
 def activated(z: Tensor, inputs: LayerInputs) -> Tensor:
-    """What lies between the two products of an expert."""
+    """The activation between the two products of an expert, times the up projection if gated."""
     act = ACTIVATIONS[inputs.workload.case.activation]
     if not inputs.workload.case.gated:
         return act(z)
@@ -49,7 +49,7 @@ def _expert(x: Tensor, e: int, inputs: LayerInputs) -> Tensor:
 
 
 def published_loop(inputs: LayerInputs) -> Tensor:
-    """As the published CuMo does it (arXiv 2405.05949): image by image, expert by expert, a host sync for each."""
+    """The loop of the published CuMo (arXiv 2405.05949) over images and experts, each with a host synchronisation."""
     case = inputs.workload.case
     y_TO = inputs.x_TD.new_zeros(case_tokens(inputs), case.O)
     segment = case.segment or case_tokens(inputs)
@@ -63,7 +63,7 @@ def published_loop(inputs: LayerInputs) -> Tensor:
 
 
 def case_tokens(inputs: LayerInputs) -> int:
-    """T of the inputs at hand."""
+    """T."""
     return inputs.x_TD.shape[0]
 
 
@@ -79,7 +79,7 @@ def sorted_loop(inputs: LayerInputs) -> Tensor:
 
 
 def grouped_mm(inputs: LayerInputs) -> Tensor:
-    """As transformers runs experts by default: sort, gather, torch's grouped matrix product, bias by index, un-sort."""
+    """The default of transformers: sort, gather, torch's grouped matrix product, bias by index, un-sort."""
     if not hasattr(F, "grouped_mm"):
         raise MissingVariantError("torch.nn.functional.grouped_mm came with a later PyTorch")
     T, K = inputs.expert_TK.shape
@@ -105,7 +105,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def compiled_reference(inputs: LayerInputs) -> Tensor:
-    """What `torch.compile` makes of our eager reference."""
+    """Our eager reference under `torch.compile`."""
     case = inputs.workload.case
     return _compiled()(
         inputs.x_TD, inputs.weight_TK, inputs.expert_TK, inputs.w1_EFD, inputs.w2_EOF, inputs.b1_EF, inputs.b2_EO,
@@ -114,7 +114,7 @@ def compiled_reference(inputs: LayerInputs) -> Tensor:
 
 
 def bmm(x_END: Tensor, inputs: LayerInputs) -> Tensor:
-    """The same products as dense batched ones on equal shares of rows, without routing, gather or combine."""
+    """Dense batched products of the same size, with equal shares of rows and without routing, gather or combine."""
     if inputs.b1_EF is None:
         z = torch.bmm(x_END, inputs.w1_EFD.transpose(1, 2))
     else:
@@ -126,7 +126,7 @@ def bmm(x_END: Tensor, inputs: LayerInputs) -> Tensor:
 
 
 def equal_shares(inputs: LayerInputs) -> Tensor:
-    """Input of `bmm`: [E, ceil(N / E), D], tokens in the order in which they come, again and again."""
+    """Input of `bmm` [E, ceil(N / E), D]: the tokens in their order, repeated."""
     case = inputs.workload.case
     rows = -(-case_tokens(inputs) * case.K // case.E)
     token = torch.arange(case.E * rows, device=inputs.x_TD.device) % case_tokens(inputs)

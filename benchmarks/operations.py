@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry: every operation with its variants, its arithmetic and the least bytes it moves."""
+"""The registry: every operation with its variants, its operations in number and the least bytes that it moves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cumo_kernels import reference
 
 @dataclass(frozen=True)
 class Operation:
-    """What is timed in several variants, of which "cumo" is ours."""
+    """An operation in several variants, of which "cumo" is ours."""
 
     name: str
     exact: Prepare
@@ -74,14 +74,14 @@ def _routing_call(function: Callable[..., ck.Routing], inputs: LayerInputs) -> C
 
 
 def _routed(x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int | None) -> ck.Routing:
-    """Ours: logits and gating in a pass, then the layout."""
+    """Ours: logits and gating in one pass, then the dispatch plan."""
     routing = ck.linear_topk_gating(x_TD, gate_ED, top_k, segment)
     ck.plan_dispatch(routing.expert_TK, gate_ED.shape[0])
     return routing
 
 
 def _eagerly_routed(x_TD: Tensor, gate_ED: Tensor, top_k: int, segment: int | None) -> ck.Routing:
-    """In the operations of PyTorch."""
+    """The same with operations of PyTorch."""
     logits_TE = F.linear(x_TD.float(), gate_ED.float()) if x_TD.dtype != torch.float64 else F.linear(x_TD, gate_ED)
     probs_TE = logits_TE.softmax(dim=-1)
     weight_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
@@ -128,7 +128,7 @@ def _permute(function: Callable[[Tensor, ck.DispatchPlan], Tensor], inputs: Laye
 
 
 def _rows_bytes(workload: Workload, which: str, itemsize: int) -> int:
-    """`rows` of the output's or input's width beside the tokens; a backward moves the same the other way."""
+    """Rows and tokens of width D, one read and the other written; a backward moves the same in the other direction."""
     moved = (workload.rows + workload.case.T) * workload.case.D * itemsize
     return moved * (2 if which == "both" else 1)
 

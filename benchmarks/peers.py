@@ -61,8 +61,8 @@ def liger(inputs: LayerInputs) -> Tensor:
 
 
 def megablocks(inputs: LayerInputs) -> Tensor:
-    """The grouped path of MegaBlocks (arXiv 2211.15841; megablocks 0.10.0): gather, a matrix product per expert, scatter.
-    The host reads the sizes of the products."""
+    """The grouped path of MegaBlocks (arXiv 2211.15841; megablocks 0.10.0): gather, matrix products, scatter. The host
+    reads the number of rows of each expert."""
     ops, gmm = _imported("megablocks.ops"), _imported("grouped_gemm").ops.gmm
     case = inputs.workload.case
     _demand(not case.bias, "megablocks has one bias for all experts together")
@@ -78,7 +78,7 @@ def megablocks(inputs: LayerInputs) -> Tensor:
 
 
 def unsloth(inputs: LayerInputs) -> Tensor:
-    """Unsloth's grouped GEMM (unsloth 2026.10.9) through its public function, which tunes its tiles on the first call."""
+    """Unsloth's grouped GEMM (unsloth 2026.10.9) through its public function, which tunes tiles on its first call."""
     interface = _imported("unsloth.kernels.moe.grouped_gemm.interface")
     case = inputs.workload.case
     _demand(not case.bias, "unsloth's grouped GEMM has no biases")
@@ -108,8 +108,8 @@ def _sonic_leaves(inputs: LayerInputs, w1_EFD: Tensor) -> list[Tensor]:
 
 
 def _sonic(inputs: LayerInputs) -> Call:
-    """SonicMoE (arXiv 2512.14080; sonic-moe 0.1.2.post1). Its gate and up rows alternate; they are rearranged before the
-    time begins."""
+    """SonicMoE (arXiv 2512.14080; sonic-moe 0.1.2.post1). Its gate and up rows alternate, an order that is made before
+    anything is timed."""
     functional, enums = _imported("sonicmoe.functional"), _imported("sonicmoe.enums")
     case = inputs.workload.case
     _demand(case.gated and case.activation == "silu" and not case.bias, "sonicmoe has no exact GELU and no quick_gelu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.profile`: where the time of one layer goes, kernel by kernel, routing included."""
+"""`python -m benchmarks.profile`: the time of each kernel of one layer, routing included."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CuMo's vision side as the published implementation computes it, on the weights of our model: the baseline end to end.
+"""The published computation of CuMo's vision side, on the weights of our model: the baseline end to end.
 
-Written from its description: one pass per scale, every block including the unused last one, eager attention, and in
-each MoE a loop over images and experts, each with a host sync.
+It follows the description of the published implementation: one pass per scale, every block including the unused last
+one, eager attention, and in each MoE a loop over images and experts, each with a host synchronisation.
 """
 
 from __future__ import annotations

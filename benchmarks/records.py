@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of results: each says on which machine, with which versions and at which commit it was measured."""
+"""Rows of results: each names the machine, the versions and the commit with which it was measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def device_name(device: torch.device) -> str:
-    """The card, or how many threads of which kind of CPU."""
+    """The name of the card, or the kind of CPU and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
@@ -40,7 +40,7 @@ def _version(package: str) -> str:
 
 @cache
 def commit() -> str:
-    """Of the checkout, with a "+" if files have changed since; empty outside of one."""
+    """The commit of the checkout, with a "+" if files have changed since; empty without a checkout."""
     try:
         name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         changed = subprocess.run(
@@ -65,15 +65,15 @@ def environment(device: torch.device) -> Row:
 
 
 def slug(text: str) -> str:
-    """A file name of a device."""
+    """A name as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 class Writer:
-    """Appends rows to a CSV file as they come, so that an interrupted run leaves what it has measured.
+    """Appends each row to a CSV file at once, so that an interrupted run keeps what it has measured.
 
     Args:
-        path: of the file. If it is there with other columns, its name gets a number.
+        path: of the file. If it exists with other columns, a number is added to the name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,7 +82,7 @@ class Writer:
         self.rows: list[Row] = []
 
     def write(self, row: Row) -> None:
-        """Append a row; all of them have the keys of the first."""
+        """Append a row, which has the keys of the first."""
         if not self.rows:
             self.path = self._free(list(row))
         new = not self.path.exists()
@@ -102,7 +102,7 @@ class Writer:
         return path
 
     def write_json(self) -> Path:
-        """The rows of this run beside the CSV file, in place of those of an earlier run."""
+        """Write the rows of this run beside the CSV file, in place of those of an earlier run; returns the path."""
         path = self.path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.rows, indent=1) + "\n")
@@ -110,7 +110,7 @@ class Writer:
 
 
 def table(rows: Iterable[Mapping[str, str]], right: Iterable[str] = ()) -> str:
-    """Rows of text as aligned columns under their names."""
+    """Format rows of text as aligned columns below their names."""
     listed = list(rows)
     if not listed:
         return ""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load run of `cumo serve`: many clients, good and bad requests, and what it did to memory and throughput.
+"""Runs `cumo serve` under load: many clients with good and bad requests; reports memory and throughput.
 
     python -m benchmarks.serving FOLDER --minutes 5 --clients 16
 
 starts the server on the model of the folder, measures one client that asks one by one and then all of them at once,
-lets them loose with mixed requests for the time given, and prints figures as JSON. It fails, with a sentence, if the
-server ended, if a good request that was accepted got no answer, if a bad one got anything but its 4xx, or if memory at
-the end is more than 5 % above what it was after the first fifth of the run.
+lets all send mixed requests for the given time, and prints figures as JSON. It fails with a message if the server
+ended, if an accepted good request got no answer, if a bad request got anything but its 4xx, or if memory at the end is
+more than 5 % above that after the first fifth of the run.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ALLOWED_GROWTH = 0.05
 
 
 def data_url(image: Image.Image, file_format: str = "PNG") -> str:
-    """Of a picture."""
+    """A picture as a data URL."""
     file = io.BytesIO()
     image.save(file, file_format)
     return f"data:image/{file_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def noise(seed: int, width: int, height: int) -> Image.Image:
-    """A picture."""
+    """A picture of random pixels."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
 

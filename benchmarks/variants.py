@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: a variant prepares a call from inputs, outside of the time."""
+"""Variants: each prepares a call from inputs, and only the call is timed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.workloads import LayerInputs
 
 
 class MissingVariantError(Exception):
-    """A variant that cannot run here, or does not compute such a layer; and why."""
+    """A variant cannot run here or does not compute such a layer; the message says why."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Something to time: `run` is the forward; the backward is that of `leaves` from a cotangent."""
+    """A function to time: `run` is the forward; the backward computes the gradients of `leaves` from a cotangent."""
 
     run: Callable[[], Tensor]
     leaves: list[Tensor]
@@ -36,11 +36,11 @@ class Variant:
     prepare: Prepare
     """Raises `MissingVariantError`, here or when the call runs."""
     kind: str = "baseline"
-    """ours, baseline, peer, or bound: something that does less, which no variant is expected to beat."""
+    """ours, baseline, peer, or bound, which does less work and which no variant is expected to beat."""
     exact: Prepare | None = None
-    """Held against this in float64, in place of the operation's own reference."""
+    """Compared with this in float64, in place of the reference of the operation."""
 
 
 def of_layer(function: Layer) -> Prepare:
-    """A layer as it is."""
+    """The call of a layer whose inputs need no preparation."""
     return lambda inputs: Call(lambda: function(inputs), inputs.leaves, inputs.dy_TO)

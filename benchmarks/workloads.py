@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: sizes and routings of layers, with their arithmetic and the least bytes that they must move."""
+"""Workloads: sizes and routings of layers, with their operations and the least bytes that they move."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PASSES = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Workload:
-    """A layer of `case`'s sizes on tokens routed in one of two ways; letters as in `cumo_kernels.types`."""
+    """A layer of the sizes of `case` with even or skewed routing; letters as in `cumo_kernels.types`."""
 
     case: Case
     skewed: bool = False
-    """Expert e is chosen in proportion to 1 / (e + 1), as by a router without a balance loss; else evenly."""
+    """Choose expert e in proportion to 1 / (e + 1), as a router without a balance loss may; else evenly."""
 
     @property
     def name(self) -> str:
-        """For people; unique."""
+        """A unique name."""
         return self.case.name + (", skewed" if self.skewed else "")
 
     @property
@@ -45,14 +45,14 @@ class Workload:
         return (share_E.log() + gumbel_TE).topk(case.K, dim=1).indices.int()
 
     def layer_flops(self, which: str) -> int:
-        """Multiplications and additions of the expert layer's matrix products; a backward has twice the forward's."""
+        """Multiplications and additions of the matrix products; a backward has twice those of its forward."""
         case = self.case
         forward = 2 * self.rows * (case.D * self.up_width + case.F * case.O)
         return forward * {"forward": 1, "backward": 2, "both": 3}[which]
 
     def layer_bytes(self, which: str, itemsize: int) -> int:
-        """Least traffic of the expert layer: each input read once, each output written once; weights of experts that
-        get tokens only; for training the pre-activation too, written forward and read backward."""
+        """The least bytes to move: each input is read and each output written once, and experts without tokens are not
+        read. In training the forward also writes the pre-activation, and the backward reads it."""
         case = self.case
         experts = min(case.E, self.rows)
         weights = experts * (self.up_width * case.D + case.O * case.F + case.bias * (self.up_width + case.O))
@@ -93,7 +93,7 @@ GPU = (
 
 
 def _narrowed(case: Case, by: int, T: int | None = None) -> Case:
-    """The same layer with all widths divided, so that a CPU gets through it."""
+    """The same layer with all widths divided, small enough for a CPU."""
     name = f"{case.name}, width / {by}" if T is None else f"{case.name}, {T} of the tokens, width / {by}"
     return case._replace(name=name, T=T or case.T, D=case.D // by, F=case.F // by, O=case.O // by)
 
@@ -111,7 +111,7 @@ CPU = (
 
 @dataclass
 class LayerInputs:
-    """A layer's tensors. `leaves` are those that get gradients."""
+    """The tensors of a layer. `leaves` are those that get gradients."""
 
     workload: Workload
     x_TD: Tensor
@@ -125,7 +125,7 @@ class LayerInputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """In a fixed order, without the biases that are not there."""
+        """In a fixed order, without absent biases."""
         tensors = (self.x_TD, self.weight_TK, self.w1_EFD, self.w2_EOF, self.b1_EF, self.b2_EO)
         return [tensor for tensor in tensors if tensor is not None]
 
@@ -146,7 +146,7 @@ class LayerInputs:
 
 
 def make_layer(workload: Workload, dtype: torch.dtype, device: torch.device) -> LayerInputs:
-    """Random inputs, the same ones for every variant; values of order one, as after a layer norm."""
+    """Random inputs, the same for every variant, with values of order one, as after a layer norm."""
     case, generator = workload.case, torch.Generator().manual_seed(SEED)
     on_device = torch.Generator(device).manual_seed(SEED)
 
