@@ -214,7 +214,7 @@ def test_qlora_without_bitsandbytes(sparse, data, tmp_path):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "ernie4_5_moe"])
 def test_qlora_of_stacked_experts(family, sparse, data, tmp_path):
     """Which bitsandbytes leaves as they are, under whatever name a configuration counts them."""
-    counts = {"num_experts": 4, "moe_num_experts": 4, "moe_intermediate_size": 16}
+    counts = {"moe_num_experts" if family == "ernie4_5_moe" else "num_experts": 4, "moe_intermediate_size": 16}
     tiny_model(text_type=family, text=counts).save_pretrained(tmp_path / "model")
     recipe = Recipe.from_dict(lora_recipe(tmp_path, sparse, data, lora={**LORA, "bits": 4}))
     with pytest.raises(ValueError, match=rf"lora.bits: expected a language model of linear layers, got {family} with"):

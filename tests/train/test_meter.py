@@ -92,7 +92,8 @@ def test_a_window_without_pictures(model):
 
 @pytest.mark.parametrize(("family", "sparse"), [("qwen2_moe", 2), ("ernie4_5_moe", 1)])
 def test_language_models_with_other_names_for_their_experts(family, sparse):
-    text = {"num_experts": 3, "num_experts_per_tok": 2, "moe_num_experts": 3, "moe_k": 2, "moe_intermediate_size": 16}
+    names = ("moe_num_experts", "moe_k") if family == "ernie4_5_moe" else ("num_experts", "num_experts_per_tok")
+    text = {**dict(zip(names, (3, 2), strict=True)), "moe_intermediate_size": 16}
     model = tiny_model(text_type=family, text={**text, "shared_expert_intermediate_size": 16})
     meter, (output,) = meter_of(model, batch())
     record = meter.report(1)
