@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from cumo.models.processor import CuMoProcessor
 from cumo.models.quantization import check_quantizable, quantization_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> Any:
@@ -54,9 +57,14 @@ def load(
     quantization: str | None = None,
     **options: Any,
 ) -> tuple[CuMoForConditionalGeneration, CuMoProcessor]:
-    """A model, ready to answer, and its processor; the arguments are those of `CuMoPipeline.from_pretrained`."""
+    """A model, ready to answer, and its processor.
+
+    The arguments and what is raised are those of `CuMoPipeline.from_pretrained`.
+    """
     hub = {key: value for key, value in options.items() if key in HUB_OPTIONS and key != "force_download"}
     wanted, place = resolve_dtype(dtype), resolve_device(device)
+    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(str(name)):
+        raise ValueError(f"name: expected a folder, or a model of the hub as owner/name, got {str(name)!r}")
     if quantization is not None:
         check_quantizable("quantization", CuMoConfig.from_pretrained(name, **hub))
         compute = torch.bfloat16 if wanted == "auto" else wanted

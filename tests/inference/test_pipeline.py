@@ -240,3 +240,9 @@ def test_time_to_the_first_piece_is_not_that_of_the_answer(pipeline):
     times = [time.monotonic() - begin for _ in pipeline.stream(CONVERSATIONS[0], replace(GREEDY, max_new_tokens=200))]
     assert len(times) > 50
     assert times[0] < times[-1] / 2
+
+
+@pytest.mark.parametrize("name", ["runs/mistral-7b/instruct/final", "/absent", "absent", "./absent"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(ValueError, match=f"name: expected a folder, or a model of the hub as owner/name, got '{name}'"):
+        CuMoPipeline.from_pretrained(name)
