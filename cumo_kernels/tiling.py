@@ -31,6 +31,11 @@ class Target:
     has_tma: bool
     """Whether rows and weights go through the tensor memory accelerator (sm_90 and newer)."""
 
+    @property
+    def has_warp_group_products(self) -> bool:
+        """Whether four warps share one large tensor-core product (sm_90 to sm_110); sm_120 has those of sm_80."""
+        return 90 <= self.arch < 120
+
     @classmethod
     def cuda(cls, arch: int, num_sms: int) -> Target:
         """An NVIDIA GPU of compute capability `arch`."""
@@ -202,9 +207,9 @@ def _chosen_tile(target: Target, dtype: torch.dtype, rows: int, num_experts: int
     if kind in ("forward", "gated") and rows_per_expert <= 16:
         return _decode_tile(target, kind)
     if rows_per_expert <= 64:
-        narrow = kind in ("gated", "dact_gated") or target.arch < 90
+        narrow = kind in ("gated", "dact_gated") or not target.has_warp_group_products
         return GemmTile(64, 64 if narrow else 128, 64, num_warps=4, num_stages=3, SLICES=2 if narrow else 4)
-    if target.arch < 90:
+    if not target.has_warp_group_products:
         narrow = kind in ("gated", "dact_gated")
         return GemmTile(128, 64 if narrow else 128, 32, num_warps=8, num_stages=4, SLICES=2)
     if kind == "forward" and n >= 256:
@@ -214,7 +219,7 @@ def _chosen_tile(target: Target, dtype: torch.dtype, rows: int, num_experts: int
 
 
 def _wgrad_tile(target: Target, n: int) -> GemmTile:
-    if target.arch < 90:
+    if not target.has_warp_group_products:
         return GemmTile(128, 128, 32, num_warps=8, num_stages=3)
     return GemmTile(128, 256 if n >= 256 else 128, 64, num_warps=8, num_stages=3)
 
@@ -223,7 +228,7 @@ def _decode_tile(target: Target, kind: str) -> GemmTile:
     """At most 16 rows per expert: the time is that of streaming the weights, so tiles are narrow in n (many
     programs), deep in k (long reads), and swapped, since tensor-core tiles of sm_90 have at least 64 rows."""
     block_k = 128 if kind == "forward" else 64
-    return GemmTile(16, 64, block_k, num_warps=4, num_stages=4, SWAP=target.arch >= 90, programs_per_sm=2)
+    return GemmTile(16, 64, block_k, num_warps=4, num_stages=4, SWAP=target.has_warp_group_products, programs_per_sm=2)
 
 
 def use_sorted_copy(target: Target, rows: int) -> bool:
