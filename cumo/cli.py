@@ -16,16 +16,16 @@ from cumo import __version__
 
 
 class Command(NamedTuple):
-    """A row of the table."""
+    """One command of `cumo`."""
 
     module: str
     help: str
-    extra: str = "transformers"  # what the package has to be installed with
+    extra: str = "transformers"  # extra of this package that the command needs
 
 
 COMMANDS = {
     "chat": Command("cumo.inference.chat", "talk with a model about pictures, in the terminal"),
-    "convert": Command("cumo.checkpoints.convert", "a checkpoint from the published layout to ours, or back"),
+    "convert": Command("cumo.checkpoints.convert", "convert a checkpoint between the layouts"),
     "train": Command("cumo.train.command", "one stage of training, from a recipe; goes on where it stopped", "train"),
     "serve": Command("cumo.serve.command", "serve a model: OpenAI's chat API, and a page to try it", "serve"),
     "demo": Command(
@@ -43,7 +43,7 @@ def _overview() -> str:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command.
+    """Return the parser of a command.
 
     Args:
         name: a key of `COMMANDS`.
@@ -57,7 +57,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="cumo",

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing checkpoints, in the published layout and in that of this package."""
+"""Read and write checkpoints, in the published layout and in that of this package."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CuMo model for the first stage of training, from a vision encoder and a language model of transformers."""
+"""Assemble a CuMo model for the first stage of training from a vision encoder and a language model of transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cumo.models.processor import CuMoProcessor, clip_image_processor
 from cumo.models.tokenizer import IMAGE_TOKEN, mistral_tokenizer
 from cumo.models.vision import CuMoVisionModel
 
-# What an encoder's checkpoint holds besides: heads, the text side of a whole CLIP, a buffer
+# Other tensors of an encoder's checkpoint: heads, the text side of a whole CLIP, a buffer
 _UNUSED = ("post_layernorm.", "head.", "embeddings.position_ids")
 _PIXELS = ("image_mean", "image_std", "rescale_factor", "resample")
 
@@ -38,20 +38,20 @@ def assemble_checkpoint(
     keep_unused_layers: bool = False,
     seed: int = 0,
 ) -> None:
-    """Write a checkpoint with a dense encoder, a dense connector of random weights, and the language model as it is.
+    """Write a checkpoint: a dense encoder, a dense connector with random weights, and the unchanged language model.
 
     Args:
-        vision: folder of a CLIP or SigLIP (whole, or its vision model) as transformers writes it.
-        text: folder of a decoder as transformers writes it, with its tokenizer.
+        vision: folder of a CLIP or SigLIP (whole, or its vision model), as transformers writes it.
+        text: folder of a decoder with its tokenizer, as transformers writes it.
         target: a folder that does not exist yet.
         scales, high_resolution, keep_unused_layers: see `CuMoVisionConfig`.
         connector_type: "mlp2x_gelu" or "linear".
-        seed: of the connector's weights.
+        seed: seed of the connector's weights.
 
     Raises:
-        ValueError: a folder holds something else, or is incomplete or damaged. There is no `target` then.
+        ValueError: a folder holds another kind of model, or is incomplete or damaged. `target` is not left behind.
     """
-    encoder, tokenizer = _encoder_config(vision), _tokenizer(text)  # what takes a moment comes before what takes long
+    encoder, tokenizer = _encoder_config(vision), _tokenizer(text)  # fast checks first
     language_model = AutoModelForCausalLM.from_pretrained(text, dtype="auto")
     config = CuMoConfig(
         vision_config=CuMoVisionConfig(
@@ -85,14 +85,14 @@ def assemble_checkpoint(
 
 
 def assemble_processor(vision: Path, text: Path, *, largest_scale: int | None = None) -> CuMoProcessor:
-    """The processor that `assemble_checkpoint` writes, without the model.
+    """Return the processor that `assemble_checkpoint` writes, without loading a model.
 
     Args:
-        vision, text: see there.
-        largest_scale: of the pictures, with `high_resolution`.
+        vision, text: see `assemble_checkpoint`.
+        largest_scale: largest scale of the pictures, with `high_resolution`.
 
     Raises:
-        ValueError: see there.
+        ValueError: see `assemble_checkpoint`.
     """
     return _processor(_tokenizer(text), _encoder_config(vision), vision, largest_scale)
 
@@ -106,10 +106,10 @@ def write_model(
     """Write config.json and the tensors of a model in memory into an existing folder.
 
     Args:
-        folder: where to.
-        model: whose configuration, and whose tensors unless `tensors` are given.
-        dtype: of the floating-point tensors in the files.
-        tensors: under the names of the model, where the model itself holds parts of them only.
+        folder: the existing folder.
+        model: model whose configuration is written, and whose tensors too unless `tensors` are given.
+        dtype: dtype of the floating-point tensors in the files.
+        tensors: tensors under the model's names, for a model that itself holds only parts of them.
     """
     config = copy.deepcopy(model.config)
     for part in (config, config.vision_config, config.vision_config.encoder_config, config.text_config):
@@ -127,10 +127,10 @@ def write_model(
 
 
 def _tokenizer(folder: Path) -> Any:
-    """That of the folder, with `<image>` as a special token.
+    """Load the folder's tokenizer, with `<image>` as a special token.
 
-    Mistral's is made from its tokenizer.model. Where that is a model of another kind, or further tokens were added to
-    it, tokenizer.json is taken as it stands: AutoTokenizer takes Mistral's for another kind of tokenizer.
+    Mistral's tokenizer is made from tokenizer.model, because AutoTokenizer takes it for another kind. Where
+    tokenizer.model is of another kind, or tokens were added to it, tokenizer.json is used as it stands.
     """
     config = read_config(folder)
     if config.get("model_type") in (CuMoConfig.model_type, *ENCODERS, "clip", "siglip"):
@@ -153,7 +153,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _of_sentencepiece(folder: Path) -> tuple[Any, str]:
-    """The tokenizer of tokenizer.model, and why it is not that of the folder, if it is not."""
+    """Return the tokenizer made from tokenizer.model, and why it differs from the folder's, or "" if it does not."""
     try:
         tokenizer = mistral_tokenizer(folder / "tokenizer.model")
     except ValueError as error:
@@ -185,7 +185,7 @@ def _processor(tokenizer: Any, encoder: Any, vision: Path, largest_scale: int | 
 
 
 def _encoder_config(folder: Path) -> Any:
-    read_config(folder)  # says more than transformers where there is none
+    read_config(folder)  # its errors say more than those of transformers
     config: Any = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     if config.model_type not in ENCODERS:
@@ -194,7 +194,7 @@ def _encoder_config(folder: Path) -> Any:
 
 
 def _pixels(folder: Path) -> dict[str, Any]:
-    """What the encoder's preprocessing says of mean, deviation and the like."""
+    """Return the settings of the encoder's preprocessing, such as mean and deviation."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return {}
@@ -203,7 +203,7 @@ def _pixels(folder: Path) -> dict[str, Any]:
 
 
 def _tower(config: CuMoVisionConfig, folder: Path) -> CuMoVisionModel:
-    """The encoder with the folder's weights."""
+    """Load the encoder with the folder's weights."""
     weights: Weights = open_folder(folder)
     whole = any(name.startswith("vision_model.") for name in weights)
     tensors: dict[str, Tensor] = {}

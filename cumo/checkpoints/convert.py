@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converting checkpoints between the published layout and ours, in a stream: no more than one shard is in memory.
+"""Convert checkpoints between the published layout and ours, in a stream: at most one shard is in memory.
 
-`cumo convert` on the command line. The target is written aside and renamed at the end, after every tensor was held
+`cumo convert` on the command line. The target is written aside and renamed at the end, after every tensor was checked
 against the model that the configuration describes.
 """
 
@@ -27,7 +27,7 @@ from cumo.models.processor import CuMoProcessor
 
 NATIVE, PUBLISHED = "native", "published"
 TOWER_FOLDER = "vision_tower"
-# What lies beside the weights and is the same in both layouts
+# Files beside the weights that are the same in both layouts
 COMPANIONS = ("generation_config.json", "tokenizer.model")
 PROCESSOR = "processor_config.json"
 
@@ -35,15 +35,15 @@ PROCESSOR = "processor_config.json"
 def open_checkpoint(
     folder: Path, base: Path | None = None, config: CuMoConfig | None = None
 ) -> tuple[CuMoConfig, Iterator[tuple[str, Tensor]]]:
-    """Configuration and tensors of a checkpoint of either layout, the latter as a stream under our names.
+    """Open a checkpoint of either layout. Return its configuration, and its tensors as a stream under our names.
 
     Args:
         folder: the checkpoint.
         base: see `open_published`.
-        config: in place of the checkpoint's own.
+        config: configuration to use instead of the checkpoint's own.
 
     Raises:
-        ValueError: it is none, incomplete or damaged.
+        ValueError: `folder` is not a checkpoint, or is incomplete or damaged.
     """
     raw = read_config(folder)
     config = CuMoConfig.from_pretrained(folder) if config is None else config
@@ -61,10 +61,11 @@ def open_checkpoint(
 
 
 def checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig, source: Path) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` passed on; at their end an error unless they are those of the model that `config` describes.
+    """Pass on `tensors`, and raise at their end unless they are those of the model that `config` describes.
 
     Raises:
-        ValueError: tensors are missing, left over, or of other shapes; names the layout that `source` was taken for.
+        ValueError: tensors are missing, left over, or of other shapes. The message names the layout assumed for
+            `source`.
     """
     layout = read_config(source).get("model_type")
     try:
@@ -93,14 +94,14 @@ def _checked(tensors: Iterable[tuple[str, Tensor]], config: CuMoConfig) -> Itera
 
 
 def write_native(target: Path, config: CuMoConfig, tensors: Iterable[tuple[str, Tensor]], **options: Any) -> None:
-    """Write config.json and shards of our layout into an existing folder; options as of `write_shards`."""
+    """Write config.json and shards of our layout into an existing folder; `options` are those of `write_shards`."""
     write_shards(target, tensors, **options)
     config.architectures = [CuMoForConditionalGeneration.__name__]
     config.save_pretrained(target)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """The files beside the weights, and a processor, made from `tokenizer.model` if the source has none."""
+    """Copy the files beside the weights and a processor; if the source has none, make one from `tokenizer.model`."""
     _copy_files(source, target)
     if any((source / name).is_file() for name in (PROCESSOR, "tokenizer.model")):
         CuMoProcessor.from_pretrained(source).save_pretrained(target)
@@ -109,16 +110,16 @@ def copy_companions(source: Path, target: Path) -> None:
 def convert_to_native(
     source: Path, target: Path, base: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """A checkpoint of the published layout (LoRA adapters merged, first stages completed) -> our layout.
+    """Convert a checkpoint of the published layout to ours. LoRA adapters are merged, first stages completed.
 
     Args:
         source: see `cumo.checkpoints.published_folder`.
         target: a folder that does not exist yet.
-        base: the model that an adapter or first stage builds on.
+        base: folder of the model that an adapter or a first stage builds on.
         max_shard_bytes: see `write_shards`.
 
     Raises:
-        ValueError: files are absent or damaged, or tensors do not fit the configuration. There is no `target` then.
+        ValueError: files are absent or damaged, or tensors do not fit the configuration. `target` is not left behind.
 
     Examples:
         >>> from pathlib import Path
@@ -138,11 +139,11 @@ def convert_to_native(
 def convert_to_published(source: Path, target: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """The inverse of `convert_to_native`, bit for bit.
 
-    An encoder other than CLIP ViT-L/14-336 is described in `target/vision_tower`. A processor is written where the
-    published layout, which has none but its `tokenizer.model`, would lose something of it.
+    An encoder other than CLIP ViT-L/14-336 is described in `target/vision_tower`. The published layout has no processor
+    but its `tokenizer.model`; one is written where it would lose something.
 
     Raises:
-        ValueError: see there; or the published layout cannot hold the model.
+        ValueError: see `convert_to_native`, or the published layout cannot represent the model.
     """
     config = CuMoConfig.from_pretrained(source)
     weights = open_folder(source)
@@ -150,7 +151,7 @@ def convert_to_published(source: Path, target: Path, max_shard_bytes: int = MAX_
     built_in = all(getattr(encoder, key) == value for key, value in CLIP_VIT_L_14_336.items())
     fields = published_fields(config, CLIP_NAME if built_in else TOWER_FOLDER)
     for _ in checked(((name, weights[name]) for name in weights), config, source):
-        pass  # tensors are mapped, not read: this looks at names and shapes
+        pass  # tensors are mapped, not read: this checks names and shapes
     with written_aside(target) as folder:
         write_shards(folder, published_tensors(weights), max_shard_bytes=max_shard_bytes)
         write_json(folder / "config.json", fields)
@@ -171,7 +172,7 @@ def _copy_files(source: Path, target: Path) -> None:
 
 
 def _is_implied(processor: Any, folder: Path) -> bool:
-    """Whether it is what is made of a published folder."""
+    """Whether `processor` equals the one that is made from a published folder."""
     if not (folder / "tokenizer.model").is_file():
         return False
     made = CuMoProcessor.from_pretrained(folder)
@@ -179,7 +180,7 @@ def _is_implied(processor: Any, folder: Path) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `cumo convert`."""
+    """Add the arguments of `cumo convert`."""
     parser.add_argument("source", type=Path, help="folder of a checkpoint")
     parser.add_argument("target", type=Path, help="folder to write, which must not exist yet")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -192,7 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """`cumo convert`."""
+    """Run `cumo convert`."""
     size = int(arguments.max_shard_gb * 1e9)
     if arguments.merge_lora:
         if not (arguments.source / "adapter_config.json").is_file():

@@ -16,21 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# In the order in which they are looked for, as transformers does it.
+# Searched in this order, as transformers does.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
-# A shard lies in memory while it is filled. 4 GB hold the largest stacked tensor of Mixtral-8x7B (1.9 GB in bfloat16).
+# A shard is in memory while it is filled. 4 GB hold the largest stacked tensor of Mixtral-8x7B (1.9 GB in bfloat16).
 MAX_SHARD_BYTES = 4 * 10**9
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors of files by name, each read when it is asked for.
+    """Tensors in files, by name. Each is read when it is looked up.
 
-    Nothing is kept: a tensor maps its file for as long as it lives, so that memory holds what is used at a time.
+    Nothing is cached: a tensor maps its file for as long as it lives, so memory holds only the tensors in use.
 
     Args:
-        files: file of each tensor.
-        prefixes: what to put before a tensor's name to get the name within its file; "" where absent.
+        files: tensor name -> file that holds it.
+        stored_names: tensor name -> its name within the file, where that is another.
     """
 
     def __init__(self, files: Mapping[str, Path], stored_names: Mapping[str, str] | None = None) -> None:
@@ -47,21 +47,21 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
     def file_of(self, name: str) -> Path:
-        """Where a tensor lies."""
+        """Return the file that holds a tensor."""
         return self._files[name]
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
-        """The tensors under new names; `names` maps each old name that stays to its new one."""
+        """Return the tensors under new names. `names` maps old to new names; other tensors are left out."""
         return Weights(
             {new: self._files[old] for old, new in names.items()},
             {new: self._stored_names.get(old, old) for old, new in names.items()},
         )
 
     def joined(self, other: Weights) -> Weights:
-        """Both together.
+        """Return the union of both.
 
         Raises:
-            ValueError: they hold different tensors under one name.
+            ValueError: a name is in both, for different tensors.
         """
         for name in self.keys() & other.keys():
             if not torch.equal(self[name], other[name]):
@@ -77,7 +77,7 @@ def _is_safetensors(path: Path) -> bool:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the readers, naming the file."""
+    """Turn errors of the readers into errors that name the file."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -92,21 +92,21 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(name: object, what: str) -> Iterator[None]:
-    """Whatever the readers of other packages stumble over, as a `ValueError` that names what is read.
+    """Turn errors of other packages' readers into a `ValueError` that names what is read.
 
     Args:
-        name: of a file, a folder or a repository.
-        what: it was expected to be.
+        name: the file, folder or repository.
+        what: what it was expected to be.
 
     Raises:
-        ValueError: it is something else.
-        OSError: it cannot be read.
+        ValueError: `name` is not what was expected.
+        OSError: `name` cannot be read.
     """
     try:
         yield
     except (OSError, MemoryError, ImportError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except Exception as error:  # there is no end to what a field of a wrong type leads to
+    except Exception as error:  # a field of a wrong type can lead to any error
         told = " ".join(str(error)[:2000].split())
         if isinstance(error, ValueError) and str(name) in told:
             raise
@@ -115,10 +115,10 @@ def reading(name: object, what: str) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds.
+    """Read the JSON object in a file.
 
     Raises:
-        ValueError: it holds something else, or there is no such file.
+        ValueError: `path` does not exist or holds no JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -126,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a JSON file, found none") from error
     except RecursionError as error:
         raise ValueError(f"{path}: expected JSON, got what is nested too deep") from error
-    except ValueError as error:  # includes what is no UTF-8
+    except ValueError as error:  # includes bytes that are not UTF-8
         raise ValueError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected an object, got {type(content).__name__}")
@@ -150,10 +150,10 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a .safetensors or .bin file.
+    """List the names of the tensors in a .safetensors or .bin file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: `path` does not exist or is damaged.
     """
     if not _is_safetensors(path):
         return list(_load_bin(path))
@@ -162,10 +162,10 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def open_file(path: Path) -> Weights:
-    """The tensors of one file.
+    """Open the tensors of one file.
 
     Raises:
-        ValueError: there is no such file, or it is damaged.
+        ValueError: `path` does not exist or is damaged.
     """
     return Weights(dict.fromkeys(tensor_names(path), path))
 
@@ -176,10 +176,10 @@ def has_weights(folder: Path) -> bool:
 
 
 def open_folder(folder: Path) -> Weights:
-    """The weights of a folder as transformers writes it: one file or shards with an index, .safetensors or .bin.
+    """Open the weights of a folder as transformers writes it: one file, or shards with an index (.safetensors or .bin).
 
     Raises:
-        ValueError: there are none, a shard is absent or damaged, or holds other tensors than its index says.
+        ValueError: `folder` holds no weights; a shard is absent or damaged, or holds other tensors than its index says.
     """
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
@@ -191,15 +191,15 @@ def open_folder(folder: Path) -> Weights:
 
 
 def _is_shard(name: object) -> bool:
-    """Whether it names a file in the same folder."""
+    """Whether `name` is the name of a file, without any folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """File of each tensor, as an index says, which must name files beside it.
+    """Read the file of each tensor from an index. The files must lie beside it.
 
     Raises:
-        ValueError: it says nothing of the kind.
+        ValueError: `index` does not map tensors to names of files beside it.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(_is_shard(shard) for shard in weight_map.values()):
@@ -224,15 +224,15 @@ def _open_shards(index: Path) -> Weights:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name of `folder` once all has gone well, and is removed otherwise.
+    """Yield a folder to write into. It becomes `folder` at the end, or is removed if an error is raised.
 
     Raises:
-        ValueError: `folder` is there already.
+        ValueError: `folder` exists already.
     """
     if folder.exists():
         raise ValueError(f"{folder}: expected a folder that does not exist yet, found one")
     aside = folder.with_name(f".{folder.name}.incomplete")
-    if aside.exists():  # left by a process that was killed
+    if aside.exists():  # left behind by a killed process
         shutil.rmtree(aside)
     aside.mkdir(parents=True)
     try:
@@ -251,10 +251,10 @@ def write_shards(
     Args:
         folder: an existing folder.
         tensors: (name, tensor), consumed one by one; no more than one shard is held.
-        max_shard_bytes: size that a shard does not exceed, unless a single tensor does.
+        max_shard_bytes: largest size of a shard in bytes; only a single larger tensor exceeds it.
 
     Returns:
-        File of each tensor.
+        Tensor name -> name of its file.
     """
     parts: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -286,5 +286,5 @@ def write_shards(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """As transformers writes its files: indented, sorted, with a newline at the end."""
+    """Write JSON as transformers does: indented, sorted, with a newline at the end."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

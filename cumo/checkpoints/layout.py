@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published layout of experts, and the way from it to stacked parameters and back.
+"""Convert experts between the published layout and stacked parameters.
 
 Published checkpoints keep each expert apart, in `nn.ModuleList`s; `cumo.nn.MoEMLP` stacks them. Only this module
-knows the former, as tables, and its functions map dictionaries of tensors to dictionaries of tensors, bit by bit.
+knows the published form, as tables. Its functions map dictionaries of tensors to dictionaries of tensors, bit for bit.
 They never change their arguments, and what they convert shares no memory with its source.
 
 `stack_experts` and `unstack_experts` convert one MLP, and `published_styles` and `stacked_styles` find the MLPs by the
@@ -26,10 +26,10 @@ GATE = "gate.weight"
 
 
 class Source(NamedTuple):
-    """Where a stacked parameter comes from."""
+    """Published tensors that a stacked parameter is made of."""
 
     names: tuple[str, ...]
-    """Names of the tensors of one expert, whose rows are put one below the other."""
+    """Names of one expert's tensors, whose rows are concatenated."""
     shape: str
     """Shape of each of these tensors."""
 
@@ -57,7 +57,7 @@ STYLES: dict[str, dict[str, Source]] = {
     },
 }
 
-# How the published model calls the modules that hold `gate` and `experts`, and their style.
+# Published names of the modules that hold `gate` and `experts`, and their style.
 MODULE_STYLES = (
     (re.compile(r"(?:.*\.)?mm_projector"), "connector"),
     (re.compile(r"(?:.*\.)?encoder\.layers\.\d+"), "clip"),
@@ -69,19 +69,19 @@ _STACKED_KEY = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<name>up_proj|up_proj_bias|d
 
 
 def stack_experts(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
-    """The parameters of one `MoEMLP` from the published tensors of one MLP.
+    """Convert the published tensors of one MLP to the parameters of one `MoEMLP`.
 
     Args:
         tensors: `gate.weight` [E, D], and `experts.{i}.{name}` for i in 0..E-1 and every name of the style; nothing
-            else. Of each name, all experts' tensors have one dtype.
+            else. For each name, all experts' tensors have one dtype.
         style: a key of `STYLES`.
 
     Returns:
         `gate.weight`, `up_proj` and so on, in the dtypes given.
 
     Raises:
-        ValueError: the style is unknown; tensors are missing (the rows of the gate tell how many experts there are),
-            left over, or of another shape or dtype than those of expert 0.
+        ValueError: `style` is unknown, or tensors are missing (the gate has a row for each expert), left over, or of
+            another shape or dtype than those of expert 0.
 
     Examples:
         >>> import torch
@@ -113,17 +113,17 @@ def stack_experts(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor
 
 
 def unstack_experts(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tensor]:
-    """The published tensors of one MLP from the parameters of one `MoEMLP`: the inverse of `stack_experts`.
+    """Convert the parameters of one `MoEMLP` to the published tensors of one MLP: the inverse of `stack_experts`.
 
     Args:
-        tensors: `gate.weight` [E, D], and the stacked parameters of the style; nothing else.
+        tensors: `gate.weight` [E, D] and the stacked parameters of the style; nothing else.
         style: a key of `STYLES`.
 
     Returns:
         `gate.weight` and `experts.{i}.{name}`, each contiguous, in the dtypes given.
 
     Raises:
-        ValueError: the style is unknown; tensors are missing, left over or of shapes that do not fit one another.
+        ValueError: `style` is unknown, or tensors are missing, left over or of shapes that do not fit one another.
     """
     check_one_of("style", style, STYLES)
     _check_keys(tensors, {GATE, *STYLES[style]}, f"the parameters of an MoE MLP in style {style!r}")
@@ -148,7 +148,7 @@ def unstack_experts(tensors: Mapping[str, Tensor], style: str) -> dict[str, Tens
 
 
 def _check_keys(actual: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Raise a `ValueError` that lists what is missing and what is left over."""
+    """Raise a `ValueError` that lists the missing and the superfluous keys."""
     actual, expected = set(actual), set(expected)
     faults = [
         f"{kind} {', '.join(sorted(keys))}"
@@ -160,7 +160,7 @@ def _check_keys(actual: Iterable[str], expected: Iterable[str], what: str) -> No
 
 
 def _check_alike(tensors: Mapping[str, Tensor], num_experts: int, names: Iterable[str]) -> None:
-    """Raise a `ValueError` that lists the tensors of other shapes or dtypes than those of expert 0."""
+    """Raise a `ValueError` that lists the tensors whose shape or dtype differs from expert 0's."""
     faults = []
     for name in names:
         first = tensors[f"experts.0.{name}"]
@@ -179,7 +179,7 @@ def published_styles(keys: Iterable[str]) -> dict[str, str]:
     """Prefix (with its dot) -> style of every MLP whose experts' keys, `{prefix}experts.{i}.{name}`, are among `keys`.
 
     Raises:
-        ValueError: experts with names that no style has, or those of two.
+        ValueError: the names of some experts' tensors fit no style, or several.
     """
     names: dict[str, set[str]] = {}
     for key in keys:
@@ -202,7 +202,7 @@ def stacked_styles(keys: Iterable[str]) -> dict[str, str]:
     The stacked parameters do not show their style; the module does, by its published name (`MODULE_STYLES`).
 
     Raises:
-        ValueError: a module whose name tells no style.
+        ValueError: the name of a module tells no style.
     """
     prefixes = dict.fromkeys(match["prefix"] for key in keys if (match := _STACKED_KEY.fullmatch(key)))
     styles = {}
@@ -216,10 +216,10 @@ def stacked_styles(keys: Iterable[str]) -> dict[str, str]:
 
 
 def stacked_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of `state_dict` with every published MoE MLP replaced by stacked parameters under its prefix.
+    """Yield (name, tensor) of `state_dict`, with every published MoE MLP replaced by stacked parameters.
 
-    Each tensor is looked up when its turn comes, and those of one MLP together, so that `state_dict` may read files.
-    All other tensors come first, as they are, not copied.
+    Tensors are looked up one by one, those of one MLP together, so that `state_dict` may read files. All other tensors
+    come first, unchanged and not copied.
 
     Raises:
         ValueError: see `published_styles` and `stack_experts`; the message begins with the prefix.
@@ -230,7 +230,7 @@ def stacked_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
 def unstacked_tensors(
     state_dict: Mapping[str, Tensor], styles: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `stacked_tensors`.
+    """Yield (name, tensor) with stacked parameters converted to published tensors: the inverse of `stacked_tensors`.
 
     Args:
         state_dict: holds stacked parameters under prefixes.
@@ -245,12 +245,12 @@ def unstacked_tensors(
 
 
 def stack_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`stacked_tensors` as a dictionary."""
+    """Return `stacked_tensors` as a dictionary."""
     return dict(stacked_tensors(state_dict))
 
 
 def unstack_state_dict(state_dict: Mapping[str, Tensor], styles: Mapping[str, str] | None = None) -> dict[str, Tensor]:
-    """`unstacked_tensors` as a dictionary."""
+    """Return `unstacked_tensors` as a dictionary."""
     return dict(unstacked_tensors(state_dict, styles))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of LoRA adapters (arXiv 2106.09685) as `cumo train` writes them: what was trained, without the base.
+"""Folders of LoRA adapters (arXiv 2106.09685) as `cumo train` writes them: the trained weights, without the base.
 
-`adapter_config.json` and `adapter_model.safetensors` are those of PEFT; `trained.safetensors` holds, under their names
-in the model, the parameters that were trained as a whole: those of encoder, connector and routers. `config.json` is
-the model's. The rest comes from the base, whose folder `adapter_config.json` names.
+`adapter_config.json` and `adapter_model.safetensors` have PEFT's format. `trained.safetensors` holds the parameters
+that were trained in full (encoder, connector, routers), under their names in the model. `config.json` is the model's.
+All other weights come from the base, whose folder `adapter_config.json` names.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _PREFIX, _NAME = "base_model.model.", ".default."
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is such a one."""
+    """Whether a folder holds such an adapter."""
     return (folder / CONFIG).is_file() and (folder / TRAINED).is_file()
 
 
 def write_adapter(folder: Path, trained: Mapping[str, Tensor], peft_config: Any) -> None:
-    """Write into an existing folder what was trained.
+    """Write the trained weights into an existing folder.
 
     Args:
-        folder: where to.
-        trained: parameters under their names in the model, those of the adapter as PEFT injects them.
+        folder: the existing folder.
+        trained: parameters under their names in the model; those of the adapter under the names that PEFT gives them.
         peft_config: a `LoraConfig` with `base_model_name_or_path`.
     """
     adapter = {name: tensor for name, tensor in trained.items() if ".lora_" in name}
@@ -47,7 +47,7 @@ def write_adapter(folder: Path, trained: Mapping[str, Tensor], peft_config: Any)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:
-    """What `write_adapter` was given.
+    """Return what `write_adapter` was given as `trained`.
 
     Raises:
         ValueError: a file is absent or damaged.
@@ -59,10 +59,10 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def base_of(folder: Path, base: Path | None = None) -> Path:
-    """The folder of the base: `base`, or the one that the adapter names.
+    """Return the base's folder: `base`, or the one that the adapter names.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: the base's folder does not exist.
     """
     found = base or Path(str(read_json(folder / CONFIG).get("base_model_name_or_path")))
     if not (found / "config.json").is_file():
@@ -71,14 +71,14 @@ def base_of(folder: Path, base: Path | None = None) -> Path:
 
 
 def open_adapter(folder: Path, base: Path | None = None) -> Mapping[str, Tensor]:
-    """The tensors of base and adapter merged, under our names, each computed when it is asked for.
+    """Return the merged tensors of base and adapter, under our names. Each is computed when it is looked up.
 
     Args:
-        folder: as `write_adapter` leaves it.
-        base: in place of the one that the adapter names; of this package's layout.
+        folder: a folder that `write_adapter` wrote.
+        base: folder of the base, in this package's layout, to use instead of the one that the adapter names.
 
     Raises:
-        ValueError: a folder is incomplete or damaged, or both do not fit.
+        ValueError: a folder is incomplete or damaged, or adapter and base do not fit.
     """
     base = base_of(folder, base)
     if read_config(base).get("model_type") != read_config(folder).get("model_type"):

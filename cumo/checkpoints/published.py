@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the published checkpoints (`llava_mistral`, `llava_mixtral`) <-> ours, as a table; pure functions.
+"""Translate the tensor names of the published checkpoints (`llava_mistral`, `llava_mixtral`) to ours and back.
 
-Experts are stacked by `cumo.checkpoints.layout`; here the prefixes are exchanged, and the language model's experts take
-the names that transformers has for them.
+`cumo.checkpoints.layout` stacks the experts; here prefixes are exchanged, and the language model's experts get the
+names that transformers has for them. All functions are pure.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def _rename(name: str, source: int, target: int) -> str:
 
 
 def native_name(name: str) -> str:
-    """Our name of a published tensor whose experts are stacked already.
+    """Return our name of a published tensor whose experts are stacked already.
 
     Raises:
-        ValueError: `name` is none of a CuMo checkpoint.
+        ValueError: `name` is not a name of a CuMo checkpoint.
 
     Examples:
         >>> native_name("model.mm_projector.up_proj")
@@ -60,16 +60,16 @@ def native_name(name: str) -> str:
 
 
 def published_name(name: str) -> str:
-    """The inverse of `native_name`.
+    """Return the published name of one of our tensors: the inverse of `native_name`.
 
     Raises:
-        ValueError: `name` is none of ours.
+        ValueError: `name` is not one of our names.
     """
     return _rename(name, 2, 1)
 
 
 def native_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A published checkpoint's tensors under our names, experts stacked, as a stream; see `layout.stacked_tensors`.
+    """Yield a published checkpoint's tensors under our names, experts stacked; see `layout.stacked_tensors`.
 
     Raises:
         ValueError: experts are missing, left over or of different shapes.
@@ -78,12 +78,12 @@ def native_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
 
 def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`native_tensors` as a dictionary."""
+    """Return `native_tensors` as a dictionary."""
     return dict(native_tensors(state_dict))
 
 
 class _Renamed(Mapping[str, Tensor]):
-    """A mapping under other names."""
+    """A mapping whose keys are renamed."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self._tensors, self._names = tensors, names
@@ -99,14 +99,14 @@ class _Renamed(Mapping[str, Tensor]):
 
 
 def published_tensors(state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `native_tensors`, bit for bit.
+    """Yield our tensors under their published names: the inverse of `native_tensors`, bit for bit.
 
     Raises:
-        ValueError: a name is none of ours.
+        ValueError: a name is not one of our names.
     """
     return unstacked_tensors(_Renamed(state_dict, {published_name(name): name for name in state_dict}))
 
 
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`published_tensors` as a dictionary."""
+    """Return `published_tensors` as a dictionary."""
     return dict(published_tensors(state_dict))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of the published models (`llava_mistral`, `llava_mixtral`) <-> the arguments of `CuMoConfig`."""
+"""Convert config.json of the published models (`llava_mistral`, `llava_mixtral`) to `CuMoConfig`, and back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from cumo.checkpoints.files import read_json
 from cumo_kernels.checks import check_one_of
 
-# model_type of the published models -> that of their language model
+# model_type of the published models -> model_type of their language model
 TEXT_TYPES = {"llava_mistral": "mistral", "llava_mixtral": "mixtral"}
 ARCHITECTURES = {"llava_mistral": "LlavaMistralForCausalLM", "llava_mixtral": "LlavaMixtralForCausalLM"}
 CLIP_NAME = "openai/clip-vit-large-patch14-336"
 CONNECTORS = ("smoe_mlp", "mlp2x_gelu", "linear")
 
-# What of a published config.json is not the language model's. Of these, the state of the run that wrote it (`training`,
+# Keys of a published config.json that are not the language model's. The state of the run that wrote it (`training`,
 # `local_rank` and so on) and settings that the published code ignores (`num_layers`, `dropout`) are dropped.
 _OWN_KEYS = {
     "architectures", "model_type", "transformers_version", "_name_or_path", "auto_map",
@@ -27,20 +27,20 @@ _OWN_KEYS = {
 
 
 def is_published(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of the published models."""
+    """Whether a config.json is that of a published model."""
     return config.get("model_type") in TEXT_TYPES
 
 
 def find_encoder(name: str, checkpoint: Path) -> dict[str, Any] | None:
-    """The vision encoder's configuration: a dict of `CLIPVisionConfig`; None for the default, CLIP ViT-L/14-336.
+    """Return the vision encoder's configuration as a dict of `CLIPVisionConfig`; None for CLIP ViT-L/14-336.
 
     Args:
-        name: `mm_vision_tower`: a folder, absolute, or relative to the working directory, to the checkpoint or to its
-            parent; or the name of the default on the hub, which is built in: no hub is asked.
+        name: `mm_vision_tower`: a folder, absolute or relative to the working directory, the checkpoint or its parent;
+            or the name of CLIP ViT-L/14-336 on the hub, which is built in, so that no hub is asked.
         checkpoint: the checkpoint's folder.
 
     Raises:
-        ValueError: no such folder holds a config.json.
+        ValueError: `name` is not built in, and no such folder holds a config.json.
     """
     if name == CLIP_NAME:
         return None
@@ -56,20 +56,20 @@ def find_encoder(name: str, checkpoint: Path) -> dict[str, Any] | None:
 
 
 def encoder_folder(name: str, checkpoint: Path) -> Path | None:
-    """The folder that `mm_vision_tower` names, if there is one with a config.json."""
+    """Return the folder that `mm_vision_tower` names, or None if no such folder holds a config.json."""
     folders = [base / name for base in (Path(), checkpoint, checkpoint.parent)]
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def native_fields(published: Mapping[str, Any], encoder: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The arguments of `CuMoConfig` for a published config.json.
+    """Return the arguments of `CuMoConfig` for a published config.json.
 
     Args:
-        published: its content.
+        published: content of the config.json.
         encoder: what `find_encoder` returned.
 
     Raises:
-        ValueError: it describes a model that CuMo is not.
+        ValueError: `published` describes a model that CuMo cannot represent.
     """
     check_one_of("model_type", published.get("model_type"), TEXT_TYPES)
     connector = published.get("mm_projector_type", "linear")
@@ -101,19 +101,19 @@ def native_fields(published: Mapping[str, Any], encoder: Mapping[str, Any] | Non
 
 
 def _scales(value: Any) -> list[int]:
-    """The first stages wrote "1,3", the last one [1, 3]."""
+    """Parse the scales: the first stages wrote "1,3", the last one [1, 3]."""
     return [int(scale) for scale in (value.split(",") if isinstance(value, str) else value)]
 
 
 def published_fields(config: Any, vision_tower: str) -> dict[str, Any]:
-    """The published config.json for a `CuMoConfig`.
+    """Return the published config.json for a `CuMoConfig`.
 
     Args:
         config: a `CuMoConfig`.
-        vision_tower: `mm_vision_tower`; the name of a folder with the encoder's config.json, or `CLIP_NAME`.
+        vision_tower: value of `mm_vision_tower`: the name of a folder with the encoder's config.json, or `CLIP_NAME`.
 
     Raises:
-        ValueError: the published layout cannot say what the configuration says.
+        ValueError: the published layout cannot represent the configuration.
     """
     text = config.text_config.to_dict()
     model_type = next((name for name, kind in TEXT_TYPES.items() if kind == text["model_type"]), None)
@@ -161,6 +161,6 @@ def published_fields(config: Any, vision_tower: str) -> dict[str, Any]:
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": -2,
         "mm_vision_tower": vision_tower,
-        "training": False,  # the published code computes losses without labels where it is true
+        "training": False,  # with True the published code computes losses even without labels
         "use_mm_proj": True,
     }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that the published code leaves: whole models, first stages, LoRA adapters; each as one set of tensors.
+"""Open folders that the published code writes (whole models, first stages, LoRA adapters) as one set of tensors.
 
-Tensors keep their published names and are read when asked for. A folder may hold
+Tensors keep their published names and are read when they are looked up. A folder may hold
 
 - a whole model: shards, .safetensors or .bin;
 - beside them, `clip.bin` and `mm_projector.bin`, as after the second stage;
@@ -28,17 +28,17 @@ _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weig
 
 
 class Published(NamedTuple):
-    """A published checkpoint."""
+    """Configuration and tensors of a published checkpoint."""
 
     config: dict[str, Any]
     """Content of its config.json."""
     tensors: Mapping[str, Tensor]
-    """Under their published names, experts apart."""
+    """Tensors under their published names, experts apart."""
     folder: Path
 
 
 class Merged(Mapping[str, Tensor]):
-    """`base`, with W + scale B A in place of each W that the adapter has A and B for, computed when asked for."""
+    """`base` with W + scale B A in place of each W that the adapter has A and B for, computed on look-up."""
 
     def __init__(self, base: Weights, adapter: Weights, pairs: Mapping[str, Mapping[str, str]], scale: float) -> None:
         self._base, self._adapter, self._pairs, self._scale = base, adapter, pairs, scale
@@ -63,10 +63,10 @@ class Merged(Mapping[str, Tensor]):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Content of a folder's config.json.
+    """Read a folder's config.json.
 
     Raises:
-        ValueError: there is none, or it is not JSON.
+        ValueError: `folder` has no config.json, or it is not JSON.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -78,12 +78,12 @@ def open_published(folder: Path, base: Path | None = None) -> Published:
     """Open a folder of the published layout.
 
     Args:
-        folder: see the module.
-        base: folder of the model that a LoRA adapter was trained on, or of the language model of a first stage; the
-            published layout or, for the latter, the plain language model.
+        folder: a folder of one of the kinds that the module's docstring lists.
+        base: folder of the model that a LoRA adapter was trained on, or of the language model of a first stage; in the
+            published layout or, for a first stage, the plain language model.
 
     Raises:
-        ValueError: the folder is none of the published layout, is incomplete, or holds damaged files.
+        ValueError: `folder` is not of the published layout, is incomplete, or holds damaged files.
     """
     config = read_config(folder)
     if not is_published(config):
@@ -106,12 +106,12 @@ def _require_base(folder: Path, base: Path | None) -> Path:
 
 
 def _of_base(folder: Path, base: Path | None) -> Weights:
-    """The language model of another folder."""
+    """Open the language model in the folder of the base."""
     return open_folder(_require_base(folder, base))
 
 
 def _with_parts(folder: Path, config: Mapping[str, Any], tensors: Weights) -> Weights:
-    """`tensors` and what clip.bin, mm_projector.bin and the folder of the vision encoder hold."""
+    """Add to `tensors` those of clip.bin, mm_projector.bin and the vision encoder's folder."""
     if (folder / "mm_projector.bin").is_file():
         tensors = tensors.joined(open_file(folder / "mm_projector.bin"))
     if (folder / "clip.bin").is_file():
@@ -123,7 +123,7 @@ def _with_parts(folder: Path, config: Mapping[str, Any], tensors: Weights) -> We
 
 
 def _encoder_weights(folder: Path, name: str) -> Weights:
-    """The tensors of a CLIP as transformers keeps it, without what the published model leaves out."""
+    """Open the tensors of a CLIP in transformers' form, without those that the published model leaves out."""
     encoder = encoder_folder(name, folder)
     if encoder is None or not has_weights(encoder):
         raise ValueError(
@@ -137,7 +137,7 @@ def _encoder_weights(folder: Path, name: str) -> Weights:
 
 
 def _merge_lora(folder: Path, base: Path) -> Mapping[str, Tensor]:
-    """The base's tensors, those of non_lora_trainables.bin in their place, and the adapter merged."""
+    """Return the base's tensors, replaced by those of non_lora_trainables.bin and merged with the adapter."""
     tensors = open_published(base).tensors if is_published(read_config(base)) else open_folder(base)
     if not isinstance(tensors, Weights):
         raise ValueError(f"model_base: expected a model rather than another adapter, got {base}")
@@ -152,10 +152,10 @@ def _merge_lora(folder: Path, base: Path) -> Mapping[str, Tensor]:
 
 
 def lora_pairs(file: Path, adapter: Weights, tensors: Weights) -> dict[str, dict[str, str]]:
-    """Names of the A and the B in an adapter's file, for each weight in `tensors` that has them.
+    """Return the names of A and B in an adapter's file, for each weight in `tensors` that has them.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds other tensors.
     """
     pairs: dict[str, dict[str, str]] = {}
     for name in adapter:
@@ -170,12 +170,12 @@ def lora_pairs(file: Path, adapter: Weights, tensors: Weights) -> dict[str, dict
 
 
 def _in_model(name: str) -> str:
-    """The name in the model of a tensor that PEFT wrapped."""
+    """Return the model's name of a tensor that PEFT wrapped."""
     return name.removeprefix("base_model.").removeprefix("model.") if name.startswith("base_model.model.") else name
 
 
 def lora_scale(path: Path) -> float:
-    """The factor of B A (LoRA, arXiv 2106.09685, 4.1; rank-stabilised: arXiv 2312.03732)."""
+    """Return the factor of B A (LoRA, arXiv 2106.09685, 4.1; rank-stabilised: arXiv 2312.03732)."""
     options = read_json(path)
     for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):
         if options.get(key):

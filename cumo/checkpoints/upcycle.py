@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse upcycling of a checkpoint (arXiv 2212.05055): each dense MLP becomes experts that are copies of it.
+"""Upcycle a checkpoint to one with experts (arXiv 2212.05055): each expert is a copy of the dense MLP.
 
-Vision encoder, connector and language model (Mistral -> Mixtral), each on its own and with any number of experts.
-Tensors go through in a stream; gates and noise depend on the seed and on the tensor's name alone. `cumo upcycle` on the
-command line; `cumo.nn.upcycle_mlp` does the same to a module in memory.
+Vision encoder, connector and language model (Mistral -> Mixtral) each get any number of experts, or none. Tensors are
+processed as a stream; gates and noise depend only on the seed and the tensor's name. `cumo upcycle` on the command
+line; `cumo.nn.upcycle_mlp` does the same to a module in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cumo.checkpoints.files import written_aside
 from cumo.config import CuMoConfig
 from cumo_kernels.checks import check_top_k
 
-# Language models whose layers are Mixtral's but for the MLP
+# Language models whose layers equal Mixtral's except for the MLP
 TEXT_TYPES = ("mistral", "llama")
 
 
@@ -35,11 +35,11 @@ class _Part(NamedTuple):
     """How the dense MLPs of a part of the model become experts."""
 
     prefix: re.Pattern[str]
-    """Of the tensors of one MLP."""
+    """Prefix of the tensors of one MLP."""
     sources: dict[str, tuple[str, ...]]
-    """Stacked parameter -> dense tensors, whose rows are put one below the other."""
+    """Stacked parameter -> dense tensors, whose rows are concatenated."""
     experts: str
-    """What the stacked parameters' names begin with; the gate's do not."""
+    """Prefix of the stacked parameters' names; the gate's name does not have it."""
 
 
 _PARTS = {
@@ -73,10 +73,10 @@ _PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """What to upcycle, and how.
+    """Which parts to upcycle, and how.
 
     Raises:
-        ValueError: a number does not fit, or nothing is to be upcycled.
+        ValueError: a number is out of range, or no part is to be upcycled.
 
     Examples:
         >>> Upcycling(vision=4, connector=4).experts
@@ -84,7 +84,7 @@ class Upcycling:
     """
 
     vision: int | None = None
-    """Experts of each block of the vision encoder; None leaves it as it is."""
+    """Experts of each block of the vision encoder; None leaves the part dense."""
     connector: int | None = None
     text: int | None = None
     top_k: int = 2
@@ -111,10 +111,10 @@ class Upcycling:
 
 
 def upcycle_config(config: CuMoConfig, upcycling: Upcycling) -> CuMoConfig:
-    """The configuration of the upcycled model.
+    """Return the configuration of the upcycled model.
 
     Raises:
-        ValueError: a part has experts already, or none could be made of it.
+        ValueError: a part has experts already, or cannot have any.
 
     Examples:
         >>> from cumo import CuMoConfig
@@ -146,7 +146,7 @@ def _check_dense(part: str, num_experts: int) -> None:
 
 
 def _mixtral(text: Any, num_experts: int, top_k: int) -> MixtralConfig:
-    """The Mixtral whose layers are those of `text` but for the MLP."""
+    """Return the Mixtral configuration whose layers equal those of `text` except for the MLP."""
     _check_dense("text", getattr(text, "num_local_experts", 1))
     biased = getattr(text, "attention_bias", False) or getattr(text, "mlp_bias", False)
     if text.model_type not in TEXT_TYPES or biased:
@@ -156,15 +156,15 @@ def _mixtral(text: Any, num_experts: int, top_k: int) -> MixtralConfig:
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
-    """Random numbers of a tensor: those of its seed and name, wherever it lies in a checkpoint."""
+    """Return a tensor's random generator. It depends on seed and name only, not on the order of tensors."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def upcycle_tensors(tensors: Iterable[tuple[str, Tensor]], upcycling: Upcycling) -> Iterator[tuple[str, Tensor]]:
-    """A stream of a dense model's tensors, under our names, -> that of the upcycled model.
+    """Yield the upcycled model's tensors, given a stream of the dense model's tensors under our names.
 
-    Every other tensor is passed on as it is. Each gate is drawn as `nn.Linear` draws its weight, in float32.
+    Other tensors are passed on unchanged. Each gate is drawn as `nn.Linear` draws its weight, in float32.
 
     Raises:
         ValueError: tensors of an MLP are missing or unknown.
@@ -193,7 +193,7 @@ def upcycle_tensors(tensors: Iterable[tuple[str, Tensor]], upcycling: Upcycling)
 def _experts_of(
     dense: Mapping[str, Tensor], prefix: str, part: _Part, num_experts: int, upcycling: Upcycling
 ) -> Iterator[tuple[str, Tensor]]:
-    """Gate and stacked experts of one MLP."""
+    """Yield the gate and the stacked experts of one MLP."""
     first = next(iter(dense.values()))
     gate = torch.empty(num_experts, dense[next(iter(part.sources.values()))[0]].shape[1])
     name = prefix + "gate.weight"
@@ -214,13 +214,13 @@ def upcycle_checkpoint(source: Path, target: Path, upcycling: Upcycling, base: P
     """Upcycle a checkpoint of either layout into one of ours.
 
     Args:
-        source: a dense stage: our layout or the published one.
+        source: folder of a dense checkpoint, in our layout or the published one.
         target: a folder that does not exist yet.
-        upcycling: what and how.
+        upcycling: which parts to upcycle, and how.
         base: see `cumo.checkpoints.published_folder.open_published`.
 
     Raises:
-        ValueError: a part has experts already, or the checkpoint is incomplete or damaged. There is no `target` then.
+        ValueError: a part has experts already, or the checkpoint is incomplete or damaged. `target` is not left behind.
     """
     dense, tensors = open_checkpoint(source, base)
     config = upcycle_config(dense, upcycling)
@@ -230,7 +230,7 @@ def upcycle_checkpoint(source: Path, target: Path, upcycling: Upcycling, base: P
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `cumo upcycle`."""
+    """Add the arguments of `cumo upcycle`."""
     parser.add_argument("source", type=Path, help="folder of a dense checkpoint, of either layout")
     parser.add_argument("target", type=Path, help="folder to write, which must not exist yet")
     for part in _PARTS:
@@ -244,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """`cumo upcycle`."""
+    """Run `cumo upcycle`."""
     names = ("vision", "connector", "text", "top_k", "seed", "noise")
     upcycling = Upcycling(**{name: getattr(arguments, name) for name in names})
     upcycle_checkpoint(arguments.source, arguments.target, upcycling, arguments.base)

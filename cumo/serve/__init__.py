@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server for a trained model: OpenAI's chat API, and a page that also shows where the patches of a picture went."""
+"""Serve a trained model: OpenAI's chat API, and a page that also shows which experts a picture's patches go to."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server as an application: endpoints, the page, errors."""
+"""The web application: its endpoints, its page and its error handlers."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def create_app(
     allowed_hosts: Collection[str] | None = None,
     fetch: Callable[..., bytes] = fetch,
 ) -> FastAPI:
-    """The application, which owns the pipeline from here on.
+    """Return the application. It owns the pipeline from here on.
 
     Args:
-        pipeline: answers.
-        model_id: what the model is called.
-        limits: of requests; `Limits()` by default.
+        pipeline: the pipeline that answers.
+        model_id: name of the model in requests and responses.
+        limits: upper limits of a request; `Limits()` by default.
         api_key: see `Guard`.
-        allow_urls: whether pictures may be addresses, which the server then fetches.
+        allow_urls: whether a picture may be a web address, which the server then fetches.
         allowed_hosts: see `Guard`.
-        fetch: gets the content of an address.
+        fetch: function that returns the content of an address.
     """
     limits = limits or Limits()
     scheduler = Scheduler(pipeline, limits)
@@ -70,7 +70,7 @@ def create_app(
         scheduler.close(timeout=30)
         pool.shutdown(wait=False, cancel_futures=True)
 
-    # The pages of FastAPI that document an API load their scripts from elsewhere.
+    # FastAPI's own documentation pages load scripts from other hosts.
     app = FastAPI(title="CuMo", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.scheduler, app.state.slots, app.state.metrics = scheduler, slots, metrics
     engine = Engine(pipeline, scheduler, ImageReader(limits, allow_urls, fetch), limits, slots, pool)
@@ -127,7 +127,7 @@ def _add_information(
 
 
 def describe(pipeline: CuMoPipeline, model_id: str, limits: Limits) -> dict[str, Any]:
-    """What the page shows of a model."""
+    """Return what the page shows of a model."""
     config = pipeline.model.config
     vision = config.vision_config
     return {
@@ -179,7 +179,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGoneError)
     async def client_gone(_: Request, __: ClientGoneError) -> Response:
-        return Response(status_code=499)  # nobody reads it; the number is for the log and the metrics
+        return Response(status_code=499)  # nobody reads it; the status is for the log and the metrics
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

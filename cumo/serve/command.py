@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def allowed_hosts(host: str, further: list[str]) -> list[str] | None:
-    """Names under which clients may ask; None for any, where the server listens to others and no name was given."""
+    """Return the host names that clients may use.
+
+    None allows any name: the server listens to other machines and no name was given.
+    """
     if _is_loopback(host):
         return [*LOOPBACK, host, *further]
     return [*LOOPBACK, host, *further] if further else None
@@ -50,10 +53,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Serve until a signal.
+    """Serve until a signal arrives.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument has an invalid value.
         ModuleNotFoundError: a package of the extra `serve` is not installed.
     """
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
@@ -77,12 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def server_options(limits: Limits) -> dict[str, Any]:
-    """Settings of uvicorn."""
+    """Return the settings of uvicorn."""
     from cumo.serve.protocol import with_header_timeout
 
     return {
         "http": with_header_timeout(limits.header_seconds),
-        # connections, beyond which the server answers 503 without looking; requests beyond the queue get a 429
+        # Above this many connections uvicorn answers 503 unread; requests beyond the queue get a 429.
         "limit_concurrency": 4 * limits.slots + 64,
         "timeout_keep_alive": 15,
         "timeout_graceful_shutdown": 10,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`POST /v1/chat/completions`: a request becomes rows, their pieces become a response or a stream of chunks."""
+"""`POST /v1/chat/completions`: turn a request into rows, and their text into a response or a stream of chunks."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ KEEP_ALIVE_SECONDS = 15.0
 
 
 class Event(NamedTuple):
-    """Something that happened to a choice."""
+    """One event of a choice: a piece of text, its end or an error."""
 
     choice: int
     piece: str | None = None
-    """What was said; None if the choice has ended."""
+    """Piece of the answer's text; None if the choice has ended."""
     error: Exception | None = None
 
 
 class Answer:
-    """The choices of one request, whose events come from the model's thread into the event loop."""
+    """The choices of one request. Carries their events from the model's thread to the event loop."""
 
     def __init__(self, request: ChatRequest, model_id: str, ticket: Ticket, metrics: Metrics) -> None:
         self.request = request
@@ -56,19 +56,19 @@ class Answer:
         self._said = False
 
     def say(self, choice: int, piece: str) -> None:
-        """A piece of a choice; this and the next two are called from the model's thread."""
+        """Add a piece of a choice's text. Called from the model's thread, like `end` and `fail`."""
         self._tell(Event(choice, piece))
 
     def end(self, choice: int) -> None:
-        """The end of a choice."""
+        """Mark a choice as ended."""
         self._tell(Event(choice))
 
     def fail(self, choice: int, error: Exception) -> None:
-        """A choice that cannot be answered."""
+        """Mark a choice as failed with `error`."""
         self._tell(Event(choice, error=error))
 
     def _tell(self, happened: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: the server is ending
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the server is stopping
             self._loop.call_soon_threadsafe(self._take, happened)
 
     def _take(self, happened: Event) -> None:
@@ -80,7 +80,7 @@ class Answer:
             if happened.error is None:
                 self._count(self.rows[happened.choice].completion())
             if self._ended == len(self.rows):
-                # what is left to do takes no part of the model, however slowly the client reads
+                # The rest does not need the model, however slowly the client reads.
                 self._ticket.release()
         self.events.put_nowait(happened)
 
@@ -91,13 +91,13 @@ class Answer:
         self._metrics.completions.labels(completion.finish_reason).inc()
 
     def close(self) -> None:
-        """End what goes on still."""
+        """Cancel the choices that are still running."""
         for row in self.rows:
             row.cancel()
         self._ticket.release()
 
     async def whole(self) -> dict[str, Any]:
-        """The response, once every choice has ended.
+        """Return the response once every choice has ended.
 
         Raises:
             ApiError: the model failed.
@@ -121,7 +121,7 @@ class Answer:
         return self._object("chat.completion", choices) | {"usage": _usage(completions)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The response in server-sent events."""
+        """Yield the response as server-sent events."""
         options = self.request.stream_options
         with_usage = options is not None and options.include_usage
         for index in range(len(self.rows)):
@@ -129,7 +129,7 @@ class Answer:
         left = len(self.rows)
         while left:
             try:
-                # not `wait_for`, which in Python 3.11 loses a cancellation that comes together with an event
+                # Not `wait_for`: in Python 3.11 it loses a cancellation that coincides with an event.
                 async with asyncio.timeout(KEEP_ALIVE_SECONDS):
                     happened = await self.events.get()
             except TimeoutError:
@@ -172,12 +172,12 @@ def _failed(error: Exception) -> ApiError:
 
 
 class ChatCompletions:
-    """The endpoint.
+    """The endpoint `/v1/chat/completions`.
 
     Args:
-        engine: answers.
-        model_id: what the model is called.
-        metrics: what is counted.
+        engine: the parts that all endpoints share.
+        model_id: name of the model in requests and responses.
+        metrics: the server's counters.
     """
 
     def __init__(self, engine: Engine, model_id: str, metrics: Metrics) -> None:
@@ -189,7 +189,7 @@ class ChatCompletions:
         """Answer a request.
 
         Raises:
-            ApiError: it cannot be answered.
+            ApiError: the request cannot be answered.
             ClientGoneError: the client hung up.
         """
         ticket = self._engine.slots.take()
@@ -209,7 +209,7 @@ class ChatCompletions:
                 ticket.release()
 
     async def _begin(self, body: bytes, ticket: Ticket) -> Answer:
-        """Check the request, prepare its rows outside of the event loop, and queue them."""
+        """Check the request, prepare its rows outside the event loop, and queue them."""
         request = await self._engine.in_pool(self._parse, body)
         answer = Answer(request, self._model_id, ticket, self._metrics)
         answer.rows = await self._engine.in_pool(self._rows, answer)
@@ -267,7 +267,7 @@ class ChatCompletions:
         return rows
 
     def _conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
-        """As the pipeline takes it, each picture ready for the encoder and its pixels forgotten."""
+        """Return the messages in the pipeline's form. Pictures are prepared for the encoder, their pixels released."""
         conversation = []
         for number, message in enumerate(request.messages):
             content: Any = message.content
@@ -286,5 +286,5 @@ class ChatCompletions:
         picture = self._engine.reader.read(part.image_url.url, f"{name}.image_url")
         try:
             return self._engine.pipeline.prepare_picture(picture)
-        except ValueError as error:  # too long and thin for a model that does not pad
+        except ValueError as error:  # too elongated for a model that does not pad
             raise ApiError(400, f"{name}.image_url: {error}") from error

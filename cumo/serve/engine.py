@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the endpoints share: the model with its queue, and what stands between a client and it."""
+"""What the endpoints share: the pipeline with its queue, and the checks on a client's request."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Request = TypeVar("Request", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Engine:
-    """Of one application.
+    """The shared parts of one application.
 
     Args:
-        pipeline: prepares rows, and answers.
-        scheduler: whose thread runs the model.
-        reader: of pictures.
-        limits: of a request.
-        slots: places for requests.
-        pool: threads for decoding and tokenizing.
+        pipeline: the pipeline that prepares rows and answers.
+        scheduler: the scheduler whose thread runs the model.
+        reader: reader of clients' pictures.
+        limits: upper limits of a request.
+        slots: places for requests in the server.
+        pool: threads that decode pictures and tokenise text.
     """
 
     pipeline: CuMoPipeline
@@ -43,15 +43,15 @@ class Engine:
     pool: Executor
 
     async def in_pool(self, work: Callable[..., T], *arguments: object) -> T:
-        """The result of some work that would keep the event loop."""
+        """Run `work` in the thread pool, so that it does not block the event loop, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
 
 def parse_request(schema: type[Request], body: bytes) -> Request:
-    """The request that a body holds.
+    """Parse a request body.
 
     Raises:
-        ApiError: it is no JSON, or no such request.
+        ApiError: `body` is not JSON, or does not fit `schema`.
     """
     try:
         return schema.model_validate(parse_json(body))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as OpenAI's API reports them: a status and a sentence that says what is wrong."""
+"""Errors in the form of OpenAI's API: a status, and a sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ApiError(Exception):
     """A request that cannot be answered.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         message: a sentence for the client; if it begins with a field and a colon, that field becomes `param`.
-        code: a word for programs.
-        headers: of the response.
+        code: error code for programs.
+        headers: extra headers of the response.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's shape."""
+        """Return the body of the response in OpenAI's form."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         field = _FIELD.match(self.message)
         return {
@@ -46,18 +46,18 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """To send."""
+        """Return the response to send."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
 def sentence(error: ValidationError) -> str:
-    """The first thing that is wrong with a request: "messages[0].role: ..., got 'x'"."""
+    """Describe the first error of a request: "messages[0].role: ..., got 'x'"."""
     first = error.errors(include_url=False)[0]
     path = ""
     for step in first["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step.isidentifier():  # the others are tags of a union
+        elif step.isidentifier():  # other steps are tags of a union
             path += f".{step}" if path else step
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every request passes: whose host it names, whether it has the key; and what every response carries."""
+"""Checks on every request (host name, API key), and headers of every response."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cumo.serve.errors import ApiError
 from cumo.serve.metrics import Metrics
 
-# The page itself and the state of the server hold nothing to protect.
+# The page and the health endpoint reveal nothing that needs a key.
 OPEN = ("/", "/health")
 ASSETS = "/assets/"
 HEADERS = {
-    # The page gets nothing from anywhere else, and cannot be shown within another one.
+    # The page may load nothing from other hosts, and no other page may embed it.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -26,19 +26,20 @@ HEADERS = {
 
 
 class _UnsentError(Exception):
-    """The connection takes no response any more."""
+    """The connection no longer accepts a response."""
 
 
 class Guard:
-    """Middleware.
+    """Middleware that checks the host name and the key, counts requests and adds security headers.
 
     Args:
-        app: what is guarded.
-        metrics: counts requests.
-        paths: that the server knows, as labels of the metrics.
-        api_key: without which nothing but the page and the state is answered; None if there is none.
-        allowed_hosts: names under which the server may be asked, without ports; None for any. On a loopback address
-            this keeps a web page from reaching the server under a name of its own that resolves to this machine.
+        app: the application behind it.
+        metrics: the server's counters.
+        paths: paths of the server, used as labels of the metrics.
+        api_key: the key that every request needs, except those for the page and the health endpoint; None if no key is
+            needed.
+        allowed_hosts: names under which clients may address the server, without ports; None for any. On a loopback
+            address this keeps out a web page whose own host name resolves to this machine.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Guard:
         self._hosts = None if allowed_hosts is None else frozenset(host.lower() for host in allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, pass on, count."""
+        """Check the request, pass it on and count it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -81,7 +82,7 @@ class Guard:
             else:
                 await self._app(scope, receive, send_with_headers)
         except _UnsentError:
-            pass  # what the client sent made its connection useless; that is no failure of the server
+            pass  # the client broke the connection; the server did not fail
         finally:
             self._metrics.requests.labels(path, str(status or 500)).inc()
             self._metrics.request_seconds.labels(path).observe(time.monotonic() - begin)
@@ -98,7 +99,7 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """Of a Host header, without port and in lower case."""
+    """Return the name in a Host header, without port and in lower case."""
     host = host.strip().lower()
     if host.startswith("["):
         return host.partition("]")[0] + "]"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and responses of the server beneath its endpoints: bodies, streams, clients that go away, places."""
+"""HTTP below the endpoints: request bodies, event streams, clients that hang up, places for requests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ClientGoneError(Exception):
 
 
 class Slots:
-    """Places for requests; who finds none is told to come back.
+    """Places for requests. A request that finds none free is told to try again later.
 
     Args:
         count: requests that may be in the server at once.
@@ -35,10 +35,10 @@ class Slots:
         self.taken = 0
 
     def take(self) -> Ticket:
-        """A place.
+        """Take a place.
 
         Raises:
-            ApiError: there is none; 429.
+            ApiError: no place is free (status 429).
         """
         if self.taken >= self.count:
             raise ApiError(
@@ -52,26 +52,26 @@ class Slots:
 
 
 class Ticket:
-    """A place that is taken until it is released, once, however often that is asked for."""
+    """A place that is taken until it is released. Further calls of `release` have no effect."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots: Slots | None = slots
 
     def release(self) -> None:
-        """Make room."""
+        """Free the place."""
         if self._slots is not None:
             self._slots.taken -= 1
             self._slots = None
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body of a JSON request.
+    """Read the body of a JSON request.
 
     Raises:
-        ApiError: it is not said to be JSON, too large, or did not arrive in time.
+        ApiError: the content type is not JSON, the body is too large, or it did not arrive in time.
         ClientGoneError: the client hung up.
     """
-    # Asking for the type keeps other web pages from sending requests without this server's consent.
+    # Requiring this content type stops other web pages from sending requests without this server's consent.
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"expected Content-Type application/json, got {kind[:40]!r}")
@@ -100,10 +100,10 @@ async def _read(receive: Receive, limit: int) -> bytes:
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a body.
+    """Parse a JSON body.
 
     Raises:
-        ApiError: it is no JSON.
+        ApiError: `body` is not JSON.
     """
 
     def no_constant(name: str) -> Any:
@@ -113,21 +113,21 @@ def parse_json(body: bytes) -> Any:
         return json.loads(body, parse_constant=no_constant)
     except RecursionError as error:
         raise ApiError(400, "the body is no JSON that can be read: it is nested too deep") from error
-    except ValueError as error:  # includes what is no UTF-8
+    except ValueError as error:  # includes bytes that are not UTF-8
         raise ApiError(400, f"the body is no JSON: {error}") from error
 
 
 async def gone(receive: Receive) -> None:
-    """Returns once the client has hung up; to be awaited after the body was read."""
+    """Return once the client has hung up. Await it only after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
-    """The result of some work, which is cancelled if the client hangs up before.
+    """Return the result of `work`, or cancel it if the client hangs up first.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client hung up.
     """
     worker = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(gone(receive))
@@ -147,11 +147,11 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, which end early where the client hangs up.
+    """Server-sent events, which end early if the client hangs up.
 
     Args:
-        events: what is sent.
-        on_close: called in any case at the end.
+        events: the encoded events to send.
+        on_close: called at the end in every case.
     """
 
     media_type = "text/event-stream"
@@ -163,7 +163,7 @@ class EventStream(Response):
         self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        """Send them."""
+        """Send the events."""
         try:
             with contextlib.suppress(ClientGoneError):
                 await unless_gone(self._send(send), receive)
@@ -178,6 +178,6 @@ class EventStream(Response):
 
 
 def event(data: Any) -> bytes:
-    """A server-sent event of a JSON value, or of text as it is."""
+    """Return a server-sent event that holds a JSON value, or a string as it is."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()

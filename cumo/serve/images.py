@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of clients: decoded within limits, whatever their headers promise."""
+"""Decode clients' pictures within limits, whatever their headers claim."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SPACE = re.compile(r"\s+")
 
 
 class ImageReader:
-    """Pictures from data URLs, and from the web where that is allowed.
+    """Reads pictures from data URLs, and from the web where that is allowed.
 
     Args:
-        limits: of a picture.
+        limits: upper limits of a picture.
         allow_urls: whether http and https addresses are fetched.
-        fetch: gets the content of an address, with `max_bytes` and `timeout`.
+        fetch: function that returns the content of an address; takes `max_bytes` and `timeout`.
     """
 
     def __init__(self, limits: Limits, allow_urls: bool = False, fetch: Callable[..., bytes] = fetch) -> None:
@@ -38,14 +38,14 @@ class ImageReader:
         self._fetch = fetch
 
     def read(self, url: str, name: str) -> Image.Image:
-        """A picture in RGB, upright.
+        """Read a picture, upright and in RGB.
 
         Args:
-            url: data URL, http or https address.
-            name: what errors call it.
+            url: data URL, or http or https address.
+            name: name of the picture in error messages.
 
         Raises:
-            ApiError: it is no picture within the limits.
+            ApiError: `url` holds no picture within the limits.
         """
         if url[:5].lower() == "data:":
             return self._decode(self._from_data_url(url, name), name)
@@ -84,11 +84,11 @@ class ImageReader:
             raise ApiError(413, f"{name}: expected up to {self.limits.max_image_pixels} pixels, got more") from error
         except UnidentifiedImageError as error:
             raise ApiError(400, f"{name}: expected a picture in one of the formats {', '.join(FORMATS)}") from error
-        except Exception as error:  # decoders raise whatever a damaged file leads them to
+        except Exception as error:  # decoders raise all kinds of errors on damaged files
             raise ApiError(400, f"{name}: the picture is damaged or cut off: {error}") from error
 
     def _check(self, image: Image.Image, name: str) -> None:
-        """From the header, before anything is decoded."""
+        """Check format and size from the header, before anything is decoded."""
         width, height = image.size
         limits = self.limits
         if width * height > limits.max_image_pixels:

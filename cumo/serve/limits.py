@@ -11,45 +11,45 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Upper limits; a request beyond one of them is answered with a 4xx that names it.
+    """Upper limits of requests. A request beyond one is refused with a 4xx status that names the limit.
 
     Raises:
         ValueError: a limit is not positive.
     """
 
     max_body_bytes: int = 32 * MIB
-    """Bytes of a request's body."""
+    """Size of a request's body in bytes."""
     max_images: int = 8
-    """Pictures in all messages of a request."""
+    """Number of pictures in all messages of a request."""
     max_image_bytes: int = 16 * MIB
-    """Bytes of a picture's file, decoded from base64 or fetched."""
+    """Size of a picture's file in bytes, decoded from base64 or fetched."""
     max_image_pixels: int = 40_000_000
-    """Width times height of a picture."""
+    """Number of a picture's pixels, width times height."""
     max_image_side: int = 8192
-    """Pixels of a picture's longer side: it is padded to a square before it is scaled down, so a thin one grows."""
+    """Longer side of a picture in pixels. It is padded to a square before it is scaled down, so a thin one grows."""
     max_text_bytes: int = MIB
-    """Bytes of the text of all messages together, in UTF-8."""
+    """Size of the text of all messages together, in bytes of UTF-8."""
     max_messages: int = 256
-    """Messages of a request."""
+    """Number of messages in a request."""
     max_tokens: int = 2048
-    """Tokens of an answer."""
+    """Largest number of answer tokens that a request may ask for."""
     default_tokens: int = 512
-    """Tokens of an answer at most, where the request does not say."""
+    """Largest number of answer tokens where the request does not say."""
     max_choices: int = 8
-    """Answers to a request (`n`)."""
+    """Number of answers to a request (`n`)."""
     max_batch_size: int = 8
-    """Answers that are generated together."""
+    """Number of answers that are generated together."""
     max_batch_tokens: int = 32768
-    """Tokens of a batch: its rows times the longest of them, prompt and answer, and of a request by itself. Bounds the
-    memory of keys and values."""
+    """Number of tokens in a batch: rows times the length of the longest, prompt and answer. One request by itself must
+    also stay below it. Bounds the memory of keys and values."""
     max_queue: int = 64
-    """Requests that wait for the batch that runs now; more are answered with 429."""
+    """Number of requests that wait for the running batch; further ones are answered with 429."""
     header_seconds: float = 15.0
-    """For the headers of a request to arrive; then the connection is closed."""
+    """Seconds for the headers of a request to arrive; then the connection is closed."""
     upload_seconds: float = 60.0
-    """For the body of a request to arrive."""
+    """Seconds for the body of a request to arrive."""
     fetch_seconds: float = 10.0
-    """For a picture of the web to arrive."""
+    """Seconds for a picture from the web to arrive."""
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -60,5 +60,5 @@ class Limits:
 
     @property
     def slots(self) -> int:
-        """Requests that may be in the server at once."""
+        """Number of requests that may be in the server at once."""
         return self.max_batch_size + self.max_queue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`POST /cumo/routing`: where the patches of a picture went, for the page and for whoever wants to look."""
+"""`POST /cumo/routing`: which experts the patches of a picture were sent to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cumo.serve.schemas import RoutingRequest
 
 
 def encoded(maps: ExpertMaps) -> dict[str, Any]:
-    """Maps as JSON; grids are base64 of bytes in the order layer, choice, row, column."""
+    """Return the maps as JSON. Grids are base64 of bytes in the order layer, choice, row, column."""
     layers, choices, height, width = maps.experts.shape
     weights = (maps.weights * 255).round().clamp(0, 255)
     return {
@@ -48,7 +48,7 @@ def _png(picture: Image.Image) -> str:
 
 
 def response(routing: PictureRouting) -> dict[str, Any]:
-    """The body of the response."""
+    """Return the body of the response."""
     return {
         "object": "cumo.routing",
         "picture": _png(routing.picture),
@@ -58,10 +58,10 @@ def response(routing: PictureRouting) -> dict[str, Any]:
 
 
 class RoutingMaps:
-    """The endpoint.
+    """The endpoint `/cumo/routing`.
 
     Args:
-        engine: encodes.
+        engine: the parts that all endpoints share.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -71,7 +71,7 @@ class RoutingMaps:
         """Answer a request.
 
         Raises:
-            ApiError: it cannot be answered.
+            ApiError: the request cannot be answered.
             ClientGoneError: the client hung up.
         """
         ticket = self._engine.slots.take()

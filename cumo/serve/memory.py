@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that runs for long: garbage is collected soon, and free memory goes back to the system."""
+"""Memory of a long-running server: collect garbage early, and return free memory to the system."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ SECONDS = 5.0
 def _trim() -> Callable[[int], int] | None:
     try:
         return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library
+    except (OSError, AttributeError, TypeError):  # not glibc
         return None
 
 
 def settle() -> None:
-    """To be called once everything is loaded that stays for good.
+    """Freeze the objects loaded so far, so that garbage collection skips them. Call it once all is loaded.
 
-    Python looks for garbage among old objects only once their number has grown by a quarter. The libraries alone are
-    half a million objects, beside which errors, with the frames and request bodies that they hold on to in cycles, pile
-    up to tens of MiB. What is frozen does not count.
+    Python looks for garbage among old objects only after their number has grown by a quarter. The libraries alone
+    create half a million objects. Beside them errors, whose reference cycles hold frames and request bodies, pile up to
+    tens of MiB before they are collected. Frozen objects do not count.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # counts the old objects anew, without the frozen ones
+    gc.collect()  # resets the count of old objects, now without the frozen ones
 
 
 async def give_back() -> None:
-    """Collect garbage and hand free memory back, every few seconds, until it is cancelled.
+    """Collect garbage and return free memory to the system every few seconds, until cancelled.
 
     Large bodies and pictures come and go in many threads, and glibc keeps the holes that they leave.
     """
     trim = _trim()
     while True:
         await asyncio.sleep(SECONDS)
-        if gc.get_freeze_count():  # otherwise it would take a while, in which nothing else runs
+        if gc.get_freeze_count():  # otherwise a collection takes long, and nothing else runs meanwhile
             gc.collect()
         if trim is not None:
             await asyncio.to_thread(trim, 0)

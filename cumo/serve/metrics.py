@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the server counts, in the format of Prometheus."""
+"""Counters of the server in the Prometheus format."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own.
+    """Counters of one server, in a registry of their own.
 
     Args:
-        features: the cache of pictures, whose figures are read when somebody asks.
-        waiting: how many answers wait to be generated.
+        features: cache of picture features; its figures are read at each scrape.
+        waiting: function that returns how many answers wait to be generated.
     """
 
     def __init__(self, features: FeatureCache, waiting: Callable[[], int]) -> None:
@@ -54,19 +54,19 @@ class Metrics:
         registry.register(_Readings(features, waiting))
 
     def text(self) -> bytes:
-        """In the text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
 
 class _Readings(Collector):
-    """Figures that others keep."""
+    """Figures that other objects keep, read at each scrape."""
 
     def __init__(self, features: FeatureCache, waiting: Callable[[], int]) -> None:
         self._features = features
         self._waiting = waiting
 
     def collect(self) -> Iterator[Metric]:
-        """Read them."""
+        """Yield the current figures."""
         yield GaugeMetricFamily("cumo_answers_waiting", "Answers that wait to be generated.", value=self._waiting())
         features = self._features
         yield GaugeMetricFamily("cumo_picture_cache_bytes", "Of kept embeddings.", value=features.bytes)

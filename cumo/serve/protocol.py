@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP connections that have to send a request: uvicorn limits how many there are, not how long they stay silent."""
+"""Time limit for the headers of a request: uvicorn limits the number of connections, not how long one stays silent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 def with_header_timeout(seconds: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol, which closes a connection whose request line and headers take more than `seconds`."""
+    """Return uvicorn's HTTP protocol with a limit: a connection closes if a request's headers take over `seconds`."""
 
     class HeaderTimeoutProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thread that owns the model, and gathers the answers that wait into batches."""
+"""Run the model in one thread, and gather waiting answers into batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Job:
     """A row that waits for its batch.
 
     Args:
-        row: of the pipeline's `prepare`.
+        row: a row from the pipeline's `prepare`.
         on_error: called in the model's thread if the row cannot be answered.
     """
 
@@ -35,19 +35,19 @@ class Job:
 
 
 class Scheduler:
-    """Runs jobs in batches, in the order in which they came.
+    """Runs jobs in batches, in the order of their arrival.
 
-    A batch is made of what waits when the one before it has ended. The first job that finds an idle model waits a
-    moment for company.
+    A batch takes the jobs that wait when the previous batch ends. A job that arrives while the model is idle waits a
+    moment for others.
 
     Args:
-        pipeline: answers; nobody else may use it.
-        limits: of a batch.
-        company_seconds: how long the first job waits for others.
+        pipeline: the pipeline that answers; nothing else may use it.
+        limits: upper limits of a batch.
+        company_seconds: seconds that the first job waits for others.
     """
 
     def __init__(self, pipeline: CuMoPipeline, limits: Limits, company_seconds: float = 0.01) -> None:
-        self.metrics: Metrics | None = None  # what is counted, once somebody wants it
+        self.metrics: Metrics | None = None  # set by whoever wants the counters
         self._pipeline = pipeline
         self._limits = limits
         self._company_seconds = company_seconds
@@ -61,12 +61,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Rows that are not in a batch yet."""
+        """Number of rows that are not in a batch yet."""
         return len(self._jobs)
 
     @property
     def is_alive(self) -> bool:
-        """Whether anything will be answered."""
+        """Whether the thread still runs, so that jobs will be answered."""
         return self._thread.is_alive() and not self._closed
 
     def submit(self, job: Job) -> None:
@@ -96,7 +96,7 @@ class Scheduler:
         return future
 
     def close(self, timeout: float | None = None) -> None:
-        """Cancel everything, and end the thread."""
+        """Cancel all jobs and end the thread."""
         with self._changed:
             self._closed = True
             for job in (*self._running, *self._jobs):
@@ -127,7 +127,7 @@ class Scheduler:
                 self._changed.wait(left)
 
     def _next_batch(self) -> list[Job]:
-        """Jobs from the front of the queue, as many as fit."""
+        """Take jobs from the front of the queue, as many as fit."""
         batch: list[Job] = []
         longest = 0
         with self._changed:
@@ -172,7 +172,7 @@ class Scheduler:
                 metrics.running.set(0)
 
     def _failed(self, batch: list[Job], error: Exception) -> None:
-        """One row may have been too much: those that have said nothing yet are tried once more, alone."""
+        """Fail the rows that have produced tokens, and retry the others alone, as one row may have caused the error."""
         logger.error("a batch of %d failed", len(batch), exc_info=error)
         if self.metrics is not None:
             self.metrics.failures.inc()

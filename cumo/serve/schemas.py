@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of OpenAI's chat API, as far as this server answers them.
+"""Requests of OpenAI's chat API, as far as this server supports them.
 
-What would change an answer and is not supported is refused rather than ignored, unless it asks for nothing.
+A field that would change an answer and is not supported is refused, unless its value asks for nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-# Fields of OpenAI's API that change nothing here.
+# Fields of OpenAI's API that have no effect here.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
 # Fields that would change an answer, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -24,7 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-# Fields of a message that this server never fills, and accepts empty.
+# Fields of a message that this server never fills, and accepts if empty.
 OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
 
 
@@ -44,28 +44,28 @@ Text = Annotated[str, AfterValidator(_in_unicode)]
 
 
 class TextPart(_Model):
-    """Text of a message."""
+    """Text part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
 class ImageUrl(_Model):
-    """Where a picture is."""
+    """Location of a picture."""
 
     url: Text
     detail: Literal["auto", "low", "high"] = "auto"
-    """Accepted, and the same for all: every picture is encoded at every scale of the model."""
+    """Accepted without effect: every picture is encoded at every scale of the model."""
 
 
 class ImagePart(_Model):
-    """Picture of a message."""
+    """Picture part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-# Tags are no identifiers, so that errors can leave them out of the path of a field.
+# Tags are not identifiers, so that errors can leave them out of a field's path.
 def _part_tag(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>" if kind in ("text", "image_url") else None
@@ -92,7 +92,7 @@ Content = Annotated[
 
 
 class Message(_Model):
-    """What somebody said; answers come back with the empty fields that OpenAI's client gives them."""
+    """One message. Answers come back with the empty fields that OpenAI's client gives them."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -114,7 +114,7 @@ class StreamOptions(_Model):
 
 
 class ChatRequest(_Model):
-    """`POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
@@ -125,7 +125,7 @@ class ChatRequest(_Model):
     n: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63) + 1, le=2**63 - 1)
     stop: list[Text] | None = None
-    """A string by itself becomes a list."""
+    """Strings that end the answer; a single string becomes a list."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -152,12 +152,12 @@ class ChatRequest(_Model):
 
     @property
     def token_limit(self) -> int | None:
-        """Of the answer, under either of its names."""
+        """Largest number of answer tokens, under either of its names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class RoutingRequest(_Model):
-    """`POST /cumo/routing`."""
+    """Body of `POST /cumo/routing`."""
 
     image: str
     """Data URL of a picture."""
