@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: conversations with pictures, from files to batches."""
+"""Training data: read conversations with pictures from files, and make batches of them."""
 
 from cumo.data.check import DataReport, check_data
 from cumo.data.collator import Collator

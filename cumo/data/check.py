@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fault of a data set, before training."""
+"""Find every fault of a data set before training."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ BATCH = 16
 
 @dataclass
 class DataReport:
-    """What `check_data` found; its text is meant to be read."""
+    """Result of `check_data`. `str(report)` is a summary for people."""
 
     files: int = 0
     rows: int = 0
-    """Good and bad ones, of those that sampling can take."""
+    """Number of rows checked, good and bad: those that sampling can select."""
     text_rows: int = 0
-    """Good rows without pictures."""
+    """Number of good rows without pictures."""
     images: int = 0
-    """Pictures of good rows."""
+    """Number of pictures in good rows."""
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each good row, pictures included."""
+    """Number of tokens of each good row, pictures included."""
     trained_tokens: int = 0
     faults: list[Fault] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        """Of all good rows, pictures included."""
+        """Number of tokens in all good rows, pictures included."""
         return sum(self.lengths)
 
     def __str__(self) -> str:
@@ -65,18 +65,18 @@ def check_data(
     workers: int = 0,
     progress: bool = True,
 ) -> DataReport:
-    """Read everything that a `ConversationDataset` of these arguments would, and decode every picture.
+    """Read everything that a `ConversationDataset` with these arguments would read, and decode every picture.
 
     Args:
-        sources: of the dataset. Of a random sample, all rows are read.
-        processor: of the dataset.
-        template: of the dataset.
-        max_length: of the dataset.
-        workers: processes that read; 0 for this one.
-        progress: show a bar.
+        sources: sources of the dataset. Where rows are drawn at random, all rows are read.
+        processor: processor of the dataset.
+        template: prompt template of the dataset.
+        max_length: largest number of tokens of a sample.
+        workers: number of processes that read; 0 for this process only.
+        progress: whether to show a bar.
 
     Returns:
-        A report with all faults. A file of which nothing can be read, such as a JSON list that ends too early, is one.
+        A report with all faults. A file that cannot be parsed, such as a JSON list that ends too early, is one fault.
     """
     report = DataReport()
     for source in sources:
@@ -117,7 +117,7 @@ class _Fact(NamedTuple):
 
 
 class _Checked(ConversationDataset):
-    """Each row once; pictures are decoded, and that is all."""
+    """The rows of a dataset, each once. Pictures are decoded, but no pixels are computed."""
 
     structural: list[Fault]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of examples."""
+"""Make batches of examples."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from cumo.models.prompts import IGNORE_INDEX
 
 
 class Collator:
-    """Joins examples of a `ConversationDataset` to a batch for the model.
+    """Joins examples of a `ConversationDataset` into a batch for the model.
 
-    A batch has `input_ids`, `attention_mask` and `labels`, int64 [B, L], padded on the right as published; with
-    pictures also `pixel_values`, [images, 3, H, H], of all samples one after the other, and `pixel_values_large`, a
+    A batch has `input_ids`, `attention_mask` and `labels`, int64 [B, L], padded on the right as published. With
+    pictures it also has `pixel_values`, [images, 3, H, H], of all samples in sequence, and `pixel_values_large`, a
     list of one tensor, where examples have it.
 
-    Examples of a `PackedDataset` become one row, [1, all tokens], with `position_ids` that begin anew at each sample
-    and without a mask: from these transformers makes attention block-diagonal, whatever its implementation. One row,
-    since flash attention does so for one only.
+    Examples of a `PackedDataset` become one row, [1, all tokens], with `position_ids` that restart at each sample, and
+    without a mask. transformers derives block-diagonal attention from these, in every implementation of attention. It
+    is one row because flash attention supports no more.
 
     Args:
-        pad_token_id: in the place of padding, which is masked.
-        max_length: raise if a row of the batch is longer; None for no limit.
-        rows: give `rows` too, int64: the `row` of each sample, which is not for the model.
+        pad_token_id: id of the padding, which is masked.
+        max_length: largest allowed length of a row of the batch; None for no limit.
+        rows: whether to add `rows`, int64: the `row` of each sample, which is not for the model.
     """
 
     def __init__(self, pad_token_id: int, max_length: int | None = None, *, rows: bool = False) -> None:
@@ -36,10 +36,10 @@ class Collator:
         self.rows = rows
 
     def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-        """A batch of examples, of which all are packed or none.
+        """Return the batch of some examples, which must be all packed or all not.
 
         Raises:
-            ValueError: there is none, or one is too long.
+            ValueError: `examples` is empty, or an example is too long.
         """
         if not examples:
             raise ValueError("examples: expected at least one, got none")
@@ -50,7 +50,7 @@ class Collator:
         if "position_ids" in examples[0]:
             for name in ("input_ids", "labels", "position_ids"):
                 batch[name] = torch.cat([example[name] for example in examples]).unsqueeze(0)
-            batch["use_cache"] = False  # with a cache transformers does not look for several samples in a row
+            batch["use_cache"] = False  # with a cache, transformers does not look for several samples in a row
         else:
             input_ids = [example["input_ids"] for example in examples]
             batch["input_ids"] = pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id)

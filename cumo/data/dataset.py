@@ -32,13 +32,13 @@ Example = dict[str, Tensor]
 
 
 class Fault(NamedTuple):
-    """Something wrong with a row."""
+    """A fault of one row, or of a whole file."""
 
     file: str
     line: int
-    """On which the row begins, from 1; 0 if it is the whole file."""
+    """Line on which the row begins, from 1; 0 if the fault concerns the whole file."""
     row: int
-    """Its number in the file, from 1, as a JSON list may stand on one line; 0 if rows cannot be told apart."""
+    """Number of the row in the file, from 1, as a JSON list may be on one line; 0 if rows cannot be told apart."""
     sample_id: object
     reason: str
 
@@ -51,36 +51,36 @@ class Fault(NamedTuple):
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be trained on; its text is that of `fault`, which gets lost between processes."""
+    """A sample that cannot be trained on. Its text is that of `fault`, an attribute that is lost between processes."""
 
     fault: Fault | None = None
 
 
 class ConversationDataset(Dataset[Example]):
-    """Samples of files, ready for a `Collator`.
+    """Samples from files, ready for a `Collator`.
 
-    An example has `input_ids` and `labels`, int64 [L], where each picture is `processor.image_seq_length` placeholders
-    and what is not trained on has the label -100; with pictures also `pixel_values`, float32 [images, 3, H, H], and
-    `pixel_values_large`, [images, 3, s H, s H], if the processor has a `high_resolution_size`. Of its `row`, int64 [1],
-    `place` says where it is from, also where a good sample stands in for a bad one.
+    An example has `input_ids` and `labels`, int64 [L]. Each picture is `processor.image_seq_length` placeholders, and
+    tokens that are not trained on have the label -100. With pictures it also has `pixel_values`, float32
+    [images, 3, H, H], and `pixel_values_large`, [images, 3, s H, s H], if the processor has a `high_resolution_size`.
+    Its `row`, int64 [1], tells `place` where the sample comes from, also if it stands in for a bad one.
 
-    All rows are parsed once to find where they lie; what is wrong with their structure is found then. Pictures, and
-    what else takes time, are looked at when a sample is asked for; `check_data` looks at everything.
+    The constructor parses all rows once, to find where they lie and what is wrong with their structure. Pictures and
+    other slow parts are checked when a sample is read; `check_data` checks everything.
 
     Args:
-        sources: what to train on, one after the other.
+        sources: files to train on, in this order.
         processor: a `CuMoProcessor`.
         template: a template of `cumo.models.prompts` or its name.
-        max_length: most tokens of a sample, pictures included.
-        on_bad_sample: "stop" raises at a bad sample. "skip" logs each once as a warning and leaves it out; if it shows
-            only when it is asked for, a good one stands in for it, always the same, so that batches keep their size.
-        image_aspect: "pad" pads pictures to squares, "square" takes their middle square.
-        seed: of random sampling, the same in every epoch.
-        high_resolution: demand a processor with `high_resolution_size`.
-        progress: show a bar while files are read, if they take more than some seconds.
+        max_length: largest number of tokens of a sample, pictures included.
+        on_bad_sample: "stop" raises at a bad sample. "skip" logs each once as a warning and leaves it out. If it turns
+            out bad only when it is read, a good one stands in, always the same, so that batches keep their size.
+        image_aspect: "pad" pads pictures to squares, "square" crops their centre.
+        seed: seed of random sampling, which is the same in every epoch.
+        high_resolution: whether the processor must have a `high_resolution_size`.
+        progress: whether to show a bar while files are read, if that takes more than some seconds.
 
     Raises:
-        ValueError: an argument does not fit, a file is missing or empty, or a row is bad and `on_bad_sample` is "stop".
+        ValueError: an argument is invalid, a file is missing or empty, or a row is bad and `on_bad_sample` is "stop".
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ConversationDataset(Dataset[Example]):
         self._leave_out_faults()
 
     def _leave_out_faults(self) -> None:
-        """Of the rows that are to be trained on; the others may be as they like."""
+        """Leave out the faulty rows among those to train on; faults of other rows do not matter."""
         faulty = [int(self._first[n]) + row for n, index in enumerate(self.indices) for row in sorted(index.faults)]
         faulty = np.array(faulty, dtype=np.int64)[np.isin(faulty, self._rows)].tolist()
         if faulty and self.on_bad_sample == "stop":
@@ -158,10 +158,10 @@ class ConversationDataset(Dataset[Example]):
         raise ValueError("sources: expected at least one good sample, got none")
 
     def load(self, index: int) -> Example:
-        """A sample, whatever is to be done about bad ones.
+        """Return a sample, or raise if it is bad, whatever `on_bad_sample` is.
 
         Raises:
-            BadSampleError: it is bad.
+            BadSampleError: the sample is bad.
         """
         row = int(self._rows[index])
         number, local = self._locate(row)
@@ -177,10 +177,10 @@ class ConversationDataset(Dataset[Example]):
         return example
 
     def token_count(self, index: int) -> int:
-        """How many tokens a sample has with its pictures, which are not opened.
+        """Return the number of a sample's tokens, pictures included, without opening the pictures.
 
         Raises:
-            BadSampleError: its text is bad.
+            BadSampleError: the text of the sample is bad.
         """
         row = int(self._rows[index])
         number, local = self._locate(row)
@@ -190,14 +190,14 @@ class ConversationDataset(Dataset[Example]):
             raise self.bad(index, str(error)) from error
 
     def bad(self, index: int, reason: str) -> BadSampleError:
-        """The error that says so of a sample."""
+        """Return the error that describes a bad sample."""
         fault = self.fault(int(self._rows[index]), reason)
         error = BadSampleError(str(fault))
         error.fault = fault
         return error
 
     def handle_bad(self, index: int, error: BadSampleError) -> None:
-        """Do about a bad sample what is to be done: raise, or log it once.
+        """Treat a bad sample as `on_bad_sample` says: raise, or log it once.
 
         Raises:
             BadSampleError: `error`, if `on_bad_sample` is "stop".
@@ -218,7 +218,7 @@ class ConversationDataset(Dataset[Example]):
         return encoded
 
     def _readers(self, pad: bool) -> dict[str, PixelReader]:
-        """What makes the pixels, by name; empty where the processor has to do it."""
+        """Return the readers of the pixels, by name; none if the processor has to make the pixels."""
         image_processor, large = self.processor.image_processor, self.processor.high_resolution_size
         if not PixelReader.supports(image_processor):
             return {}
@@ -238,18 +238,18 @@ class ConversationDataset(Dataset[Example]):
         return pixels
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """Number of the source, and of the row within it."""
+        """Return the number of the source, and the number of the row within it."""
         number = int(np.searchsorted(self._first, row, side="right")) - 1
         return number, row - int(self._first[number])
 
     def fault(self, row: int, reason: str) -> Fault:
-        """What is wrong with a row, which is numbered through all sources."""
+        """Return the fault of a row; rows are numbered through all sources."""
         number, local = self._locate(row)
         index = self.indices[number]
         return Fault(str(index.path), int(index.lines[local]), local + 1, index.sample_id(local), reason)
 
     def place(self, row: int) -> str:
-        """Where the sample of an example's `row` is from: file, line and id."""
+        """Return where the sample of an example's `row` comes from: file, line and id."""
         return str(self.fault(row, "")).removesuffix(": ")
 
     def _skip(self, row: int, reason: object) -> None:
@@ -263,7 +263,7 @@ class ConversationDataset(Dataset[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """About how many tokens each sample has with its pictures, from the number of characters."""
+        """Approximate number of tokens of each sample, pictures included, from its number of characters."""
         return self._per_sample("lengths").tolist()
 
     @property
@@ -273,22 +273,22 @@ class ConversationDataset(Dataset[Example]):
 
     @property
     def image_counts(self) -> list[int]:
-        """How many pictures each sample has."""
+        """Number of pictures in each sample."""
         return self._per_sample("image_counts").tolist()
 
     @property
     def skipped(self) -> list[str]:
-        """Rows left out so far, by any worker, as file:line; the log has their reasons."""
+        """Rows left out so far by any worker, as file:line. The log has the reasons."""
         rows = torch.nonzero(self._bad).flatten().tolist()
         places = [self._locate(row) for row in rows]
         return [f"{self.indices[number].path}:{self.indices[number].lines[row]}" for number, row in places]
 
 
 def with_stand_ins(index: int, size: int) -> Iterator[int]:
-    """The place asked for, then all others in a fixed order in which the stand-ins of neighbours lie far apart.
+    """Yield `index`, then all other indices in a fixed order that keeps the stand-ins of neighbours far apart.
 
     Raises:
-        IndexError: there is no such place.
+        IndexError: `index` is out of range.
     """
     if not -size <= index < size:
         raise IndexError(f"index: expected less than {size}, got {index}")
@@ -297,7 +297,7 @@ def with_stand_ins(index: int, size: int) -> Iterator[int]:
 
 
 def _coprime_near(value: float, size: int) -> int:
-    """A step that reaches every one of `size` places, and takes the neighbours of a place far apart."""
+    """Return a step that reaches all of `size` indices and sends neighbours far apart."""
     step = max(1, round(value))
     while math.gcd(step, size) != 1:
         step += 1

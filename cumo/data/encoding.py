@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ids and labels of samples, with the control tokens that somebody wrote into a text kept apart from the template's."""
+"""Ids and labels of samples. Control tokens in a sample's text are told apart from the template's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from cumo.data.formats import Sample
 from cumo.models.prompts import IGNORE_INDEX, Encoded, Segment, Template, encode, get_template, render
 from cumo.models.tokenizer import IMAGE_TOKEN
 
-BYTES_PER_TOKEN = 4  # of English with the tokenizer of Mistral, 3.9 to 4.3; other languages have 2 to 4
-NONCHARACTERS = range(0xFDD0, 0xFDF0)  # Unicode keeps them free for use within a program
+BYTES_PER_TOKEN = 4  # English with Mistral's tokenizer has 3.9 to 4.3, other languages have 2 to 4
+NONCHARACTERS = range(0xFDD0, 0xFDF0)  # reserved by Unicode for use within a program
 
 
 class SampleEncoder:
-    """Ids and labels of samples, as `cumo.models.prompts.encode_sample` gives them, placeholders expanded.
+    """Encodes samples like `cumo.models.prompts.encode_sample`, and expands their placeholders.
 
-    One thing differs from the published code: what looks like a control token in the text of a sample (`</s>`, as in a
-    page of HTML) is tokenized as text. There it ended the sequence, in the middle of a question.
+    It differs from the published code in one respect: a control token in the text of a sample (`</s>`, as in a page of
+    HTML) is tokenised as text. The published code ended the sequence there, in the middle of a question.
 
     Args:
         processor: a `CuMoProcessor`.
@@ -41,18 +41,18 @@ class SampleEncoder:
         self.letters = {ord(mark): letter for letter, mark in self.marks.items()}
 
     def segments(self, sample: Sample) -> list[Segment]:
-        """Of `render`."""
+        """Return the segments that `render` makes of a sample."""
         return render(self.template, sample.turns, system=sample.system, sample=sample.id)
 
     def estimate(self, sample: Sample) -> int:
-        """About how many tokens a sample has with its pictures; a matter of microseconds."""
+        """Estimate the number of tokens of a sample, pictures included, in microseconds."""
         size = sum(len(segment.text.encode("utf-8", "replace")) for segment in self.segments(sample))
         return 1 + size // BYTES_PER_TOKEN + len(sample.images) * self.image_seq_length
 
     def __call__(self, sample: Sample) -> Encoded:
-        """Ids and labels; each picture is `image_seq_length` placeholders, which are never trained on."""
+        """Return ids and labels. Each picture is `image_seq_length` placeholders, which are never trained on."""
         segments = self.segments(sample)
-        # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark
+        # JSON can hold a lone surrogate, UTF-8 cannot: it becomes a question mark
         segments = [segment._replace(text=_encodable(segment.text)) for segment in segments]
         if any(self.control.search(text) for text in _texts(sample)):
             tokenizer: Any = _LiteralTokenizer(self)
@@ -66,7 +66,7 @@ class SampleEncoder:
         return self._expand(encode(tokenizer, segments, self.image_token_id))
 
     def _mark(self, text: str) -> str:
-        """Replaces the first letter of each control token, so that none is left; lengths stay the same."""
+        """Replace the first letter of each control token, so that none is left. The length stays the same."""
         text = text.translate(dict.fromkeys(self.letters, "\ufffd"))
         return self.control.sub(lambda match: self.marks[match[0][0]] + match[0][1:], text)
 
@@ -91,7 +91,7 @@ def _encodable(text: str) -> str:
 
 
 class _LiteralTokenizer:
-    """Takes the control tokens it finds for those of the template, and what `SampleEncoder` marked for text."""
+    """Tokeniser wrapper: control tokens it finds are the template's, and what `SampleEncoder` marked is text."""
 
     def __init__(self, encoder: SampleEncoder) -> None:
         self.encoder = encoder

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several samples in one row, so that little is computed on padding; each sees only itself."""
+"""Pack several samples into one row, so that little is computed on padding. Each sample attends only to itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cumo.data.dataset import BadSampleError, ConversationDataset, Example, with
 
 logger = logging.getLogger(__name__)
 
-POOL = 8192  # samples packed together: more fill rows hardly better, and mix long and short less randomly
+POOL = 8192  # samples packed together; more fill rows hardly better, and mix long and short less randomly
 COUNT_BATCH = 64
 
 
@@ -28,14 +28,14 @@ def plan_rows(
     max_images: int | None,
     rng: np.random.Generator,
 ) -> list[list[int]]:
-    """Which samples go into which row: best fit of decreasing lengths, within random pools.
+    """Assign samples to rows: best fit by decreasing length, within random pools.
 
     Args:
-        lengths: tokens of each sample; one of 0 is left out.
-        images: pictures of each.
-        max_length: most tokens of a row.
-        max_images: most pictures of a row; None for no limit.
-        rng: shuffles the samples.
+        lengths: tokens of each sample; samples of length 0 are left out.
+        images: number of pictures of each sample.
+        max_length: largest number of tokens of a row.
+        max_images: largest number of pictures of a row; None for no limit.
+        rng: random generator that shuffles the samples.
 
     Returns:
         Indices of the samples of each row, in random order.
@@ -64,22 +64,22 @@ def plan_rows(
 class PackedDataset(Dataset[Example]):
     """Rows of several samples of a `ConversationDataset`.
 
-    A row is an example with `position_ids`, int64 [L], which begin anew at each sample. The `Collator` makes a batch of
-    it in which attention is block-diagonal. Nothing is cut off and nothing left out: all texts are tokenized once to
-    plan the rows, which takes minutes for a million samples; pictures are not opened for that. The plan depends on the
-    samples and the seed alone.
+    A row is an example with `position_ids`, int64 [L], which restart at each sample. The `Collator` makes a batch of it
+    in which attention is block-diagonal. Samples are neither cut nor left out. All texts are tokenised once to plan the
+    rows, which takes minutes for a million samples; pictures are not opened for it. The plan depends only on samples
+    and seed.
 
     Args:
-        dataset: its `max_length` must not exceed this one; its `on_bad_sample` holds here too, where "skip" leaves a
-            bad sample out of its row.
-        max_length: most tokens of a row.
-        max_images: most pictures of a row; None for no limit. What the encoder needs depends on them.
-        seed: of the plan.
-        workers: processes that tokenize.
-        progress: show a bar meanwhile.
+        dataset: the samples. Its `max_length` must not exceed this one. Its `on_bad_sample` applies here too: "skip"
+            leaves a bad sample out of its row.
+        max_length: largest number of tokens of a row.
+        max_images: largest number of pictures of a row; None for no limit. It bounds the memory that the encoder needs.
+        seed: seed of the plan.
+        workers: number of processes that tokenise.
+        progress: whether to show a bar meanwhile.
 
     Raises:
-        ValueError: an argument does not fit, or a sample is bad and the dataset is to stop at such.
+        ValueError: an argument is invalid, or a sample is bad and the dataset's `on_bad_sample` is "stop".
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PackedDataset(Dataset[Example]):
         logger.info("%d samples packed into %d rows, %.1f %% full", samples, len(self.rows), 100 * self.fill)
 
     def _count(self, max_images: int | None, workers: int, progress: bool) -> list[int]:
-        """Tokens of each sample; 0 for a bad one, which is to be skipped."""
+        """Return the number of tokens of each sample; 0 for a bad one that is to be skipped."""
         loader = DataLoader(_Counts(self.dataset, max_images), COUNT_BATCH, num_workers=workers, collate_fn=list)
         lengths: list[int] = []
         with tqdm(total=len(self.dataset), desc="packing", delay=3.0, disable=None if progress else True) as bar:
@@ -140,7 +140,7 @@ class PackedDataset(Dataset[Example]):
         return examples
 
     def _join(self, examples: list[Example]) -> Example:
-        """One row, with what each sample has."""
+        """Join samples into one row, and concatenate all that each has."""
         for example in examples:
             example["position_ids"] = torch.arange(len(example["input_ids"]))
         names = dict.fromkeys(name for example in examples for name in example)
@@ -154,7 +154,7 @@ class PackedDataset(Dataset[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return [sum(self._lengths[member] for member in row) for row in self.rows]
 
     @property
@@ -164,16 +164,16 @@ class PackedDataset(Dataset[Example]):
 
     @property
     def skipped(self) -> list[str]:
-        """Of the dataset."""
+        """Rows that the dataset left out so far; see `ConversationDataset.skipped`."""
         return self.dataset.skipped
 
     def place(self, row: int) -> str:
-        """Of the dataset: an example has the `row` of each sample."""
+        """Return where a sample comes from, given its `row`; see `ConversationDataset.place`."""
         return self.dataset.place(row)
 
 
 class _Counts(Dataset[tuple[int, Any]]):
-    """Tokens of each sample, or why it is bad."""
+    """Number of tokens of each sample, with the error of a bad one."""
 
     def __init__(self, dataset: ConversationDataset, max_images: int | None) -> None:
         self.dataset, self.max_images = dataset, max_images

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of data sets, from files."""
+"""Read the pictures of data sets from files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from cumo.models.pictures import read_rgb
 
 
 def open_picture(reference: str, folder: Path) -> Image.Image:
-    """A picture in RGB, decoded.
+    """Return a decoded picture in RGB.
 
     Args:
-        reference: a path relative to `folder` or absolute, which may lead out of it: data sets are trusted to name
-            pictures. Or `data:image/...;base64,...`. Nothing is fetched from the network.
-        folder: of the pictures.
+        reference: a path, relative to `folder` or absolute, or `data:image/...;base64,...`. A path may lead out of
+            `folder`, as data sets are trusted to name pictures. Nothing is fetched from the network.
+        folder: folder of the pictures.
 
     Raises:
-        ValueError: there is no such file, it cannot be decoded to its end, or it has so many pixels that Pillow takes
-            it for an attack (`PIL.Image.MAX_IMAGE_PIXELS`).
+        ValueError: the file does not exist, is damaged, or has so many pixels that Pillow takes it for an attack
+            (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
     name = f"picture {reference[:200]!r}"
     source: Path | io.BytesIO

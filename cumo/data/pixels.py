@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's preprocessing of training pictures: the same bits as the image processor's, by table."""
+"""CLIP's preprocessing of training pictures by table, bit for bit equal to the image processor's."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 
 class PixelReader:
-    """Pictures -> pixels of an image processor.
+    """Converts pictures to the pixels of an image processor.
 
-    Scaling and normalising map each of 256 values of a channel to one number, which are looked up in a table that the
-    image processor itself has made. What comes before is left to Pillow, whose pictures are not copied back and forth.
+    Scaling and normalising map each of 256 values of a channel to one number. These are looked up in a table that the
+    image processor itself has made. The steps before are done by Pillow, without copying pictures back and forth.
 
     Args:
-        image_processor: one that `supports` says yes to.
-        pad: pad pictures to squares with the mean colour; otherwise their middle square is taken.
-        size: height and width of the result; those of the image processor by default.
+        image_processor: an image processor that `supports` accepts.
+        pad: whether to pad pictures to squares with the mean colour; otherwise their centre is cropped.
+        size: height and width of the result; by default those of the image processor.
     """
 
     def __init__(self, image_processor: Any, pad: bool, size: int | None = None) -> None:
@@ -40,7 +40,7 @@ class PixelReader:
 
     @staticmethod
     def supports(image_processor: Any) -> bool:
-        """Whether it does what this class does: pad, resize, crop to a square, scale, normalise three channels."""
+        """Whether an image processor does what this class does: pad, resize, crop to a square, scale, normalise RGB."""
         if type(image_processor) is not LlavaImageProcessorPil:
             return False
         size, crop = image_processor.size, image_processor.crop_size
@@ -50,7 +50,7 @@ class PixelReader:
         return square and steps and isinstance(mean, (list, tuple)) and len(mean) == 3
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures -> float32 [pictures, 3, size, size]."""
+        """Convert RGB pictures to float32 [pictures, 3, size, size]."""
         pixels = np.empty((len(pictures), 3, self.size, self.size), dtype=np.float32)
         for picture, out in zip(pictures, pixels, strict=True):
             values = np.asarray(self._square(picture))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of files larger than memory: where each begins, found in one pass, and read when it is needed."""
+"""Rows of files larger than memory: one pass finds where each begins, later reads fetch single rows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from tqdm.auto import tqdm
 from cumo.data.formats import Sample, parse_json, parse_row
 
 CHUNK = 1 << 22  # bytes read at once from a JSON list
-MAX_ROW = 1 << 28  # bytes; a longer row is a missing quote or bracket that swallows the rest of the file
+MAX_ROW = 1 << 28  # bytes; a longer row means a missing quote or bracket that swallows the rest of the file
 BOM = b"\xef\xbb\xbf"
 
-# A whole string, so that brackets within are passed over; else the quote of a string that is not whole.
+# Matches a whole string, so that brackets within are passed over, or the quote of an incomplete string.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[][{}"]', re.DOTALL)
 _SEPARATOR = re.compile(rb"\s*,\s*")
 
 
 class DataFileError(ValueError):
-    """Something wrong with a file of which therefore no row can be told from the next."""
+    """A fault of a file that keeps its rows from being told apart."""
 
     def __init__(self, path: Path, line: int, reason: str) -> None:
         self.path, self.line, self.reason = str(path), line, reason
@@ -35,20 +35,20 @@ class DataFileError(ValueError):
 
 
 class Row(NamedTuple):
-    """A row as it stands in a file."""
+    """A row as it is in a file."""
 
     offset: int
-    """Of its first byte."""
+    """Offset of the row's first byte."""
     line: int
-    """On which it begins, from 1."""
+    """Line on which the row begins, from 1."""
     raw: bytes
 
 
 def iterate_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """Rows of a .jsonl file, one on each line that is not blank, or of a .json file, which holds a list.
+    """Yield the rows of a .jsonl file (one on each line that is not blank) or of a .json file (which holds a list).
 
     Raises:
-        DataFileError: a .json file is no list of objects.
+        DataFileError: a .json file is not a list of objects.
     """
     if path.suffix == ".jsonl":
         return _rows_of_lines(file)
@@ -67,13 +67,13 @@ def _rows_of_lines(file: BinaryIO) -> Iterator[Row]:
 
 
 class _ListScanner:
-    """Finds the elements of a list of any size, holding one of them and a chunk of the file."""
+    """Finds the elements of a list of any size. Holds one of them and a chunk of the file at a time."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
-        self.buffer, self.base = b"", 0  # bytes at hand, and the offset of the first
-        self.kept = 0  # in the buffer: where the row, or what stands between two, begins
-        self.line, self.counted = 1, 0  # the line of `counted`, a place in the buffer
+        self.buffer, self.base = b"", 0  # current bytes, and the file offset of the first
+        self.kept = 0  # position in the buffer where the current row, or the text between two rows, begins
+        self.line, self.counted = 1, 0  # line number at position `counted` of the buffer
         self.depth = 0
         self.found = 0
         self.ended = False
@@ -99,7 +99,7 @@ class _ListScanner:
             raise self._error(self.kept, f"expected nothing after the list, got {between.strip()[:40]!r}")
 
     def _token(self, token: bytes, start: int, end: int) -> Iterator[Row]:
-        """Follows the nesting; gives the row that ends with this token."""
+        """Follow the nesting, and yield the row that ends with this token."""
         if self.depth <= 1:
             self._check_between(token, start)
         if token in b"[{":
@@ -118,7 +118,7 @@ class _ListScanner:
                 self.ended, self.kept = True, end
 
     def _check_between(self, token: bytes, start: int) -> None:
-        """What stands before a token that is not within a row."""
+        """Check the text before a token that is not within a row."""
         between = self.buffer[self.kept : start]
         if self.ended:
             raise self._error(start, f"expected nothing after the list, got {token[:40]!r}")
@@ -135,7 +135,7 @@ class _ListScanner:
             raise self._error(start, f"expected objects, with a comma between two, got {got!r} after {self.found}")
 
     def _forget(self) -> int:
-        """Drops what is read and done with; returns how much."""
+        """Drop the processed part of the buffer, and return its length."""
         if len(self.buffer) - self.kept > MAX_ROW:
             raise self._error(self.kept, f"expected rows of at most {MAX_ROW} bytes; is a quote or bracket missing?")
         dropped = self.kept
@@ -145,7 +145,7 @@ class _ListScanner:
         return dropped
 
     def _line_of(self, position: int) -> int:
-        """The line of a place in the buffer, later than those asked for before."""
+        """Return the line of a position in the buffer. Positions must not decrease from call to call."""
         self.line += self.buffer.count(b"\n", self.counted, position)
         self.counted = position
         return self.line
@@ -155,24 +155,24 @@ class _ListScanner:
 
 
 class RowIndex:
-    """Rows of a file: 32 bytes of memory for each, whatever its size.
+    """Index of a file's rows: 32 bytes of memory for each, whatever its size.
 
     Args:
         path: a .json or .jsonl file.
-        measure: estimates the tokens of a sample.
-        limit: read no further than so many rows.
-        progress: show a bar, if it takes more than some seconds.
+        measure: function that estimates the tokens of a sample.
+        limit: number of rows after which to stop reading.
+        progress: whether to show a bar, if reading takes more than some seconds.
 
     Attributes:
-        path: of the file.
-        offsets, sizes, lines: [rows], int64: first byte, number of bytes, line on which it begins.
-        lengths: [rows], int32: what `measure` gave; 0 for a bad row.
-        image_counts: [rows], int32.
-        faults: what is wrong with bad rows, by row.
+        path: path of the file.
+        offsets, sizes, lines: [rows], int64: first byte, number of bytes, and first line of each row.
+        lengths: [rows], int32: result of `measure`; 0 for a bad row.
+        image_counts: [rows], int32: number of pictures.
+        faults: row -> what is wrong with it.
 
     Raises:
-        DataFileError: there is no such file, it holds no row, or it is no list of objects.
-        OSError: it cannot be read.
+        DataFileError: `path` does not exist, holds no row, or is not a list of objects.
+        OSError: `path` cannot be read.
     """
 
     def __init__(
@@ -214,10 +214,10 @@ class RowIndex:
         return len(self.offsets)
 
     def read(self, row: int) -> Sample:
-        """A row, from the file; nothing stays open, so that any process may read.
+        """Read a row. The file is not kept open, so that any process may read.
 
         Raises:
-            ValueError: what is wrong with it.
+            ValueError: the row is bad; the message says why.
             OSError: the file cannot be read.
         """
         with self.path.open("rb") as file:
@@ -225,7 +225,7 @@ class RowIndex:
             return parse_row(parse_json(file.read(int(self.sizes[row]))))
 
     def sample_id(self, row: int) -> object:
-        """The `id` of a row, however bad the rest is; None if there is none."""
+        """Return the `id` of a row, even if the row is bad otherwise; None if it has no `id`."""
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[row]))
             try:

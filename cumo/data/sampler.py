@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order of samples: batches of one modality and of similar lengths."""
+"""Order of samples: batches of one modality and of similar lengths."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL = 50  # batches that are sorted by length together: as in transformers, where it is said to keep enough randomness
+POOL = 50  # batches that are sorted by length together, as in transformers, whose code says it keeps enough randomness
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Every index once, so that each run of `batch_size` has pictures only or text only, and similar lengths.
+    """Yields every index once. Each run of `batch_size` has only pictures or only text, and similar lengths.
 
-    The order depends on `seed` and `epoch` alone: each process makes the same, and accelerate deals it out. What is
-    left over of both modalities comes last, first that with pictures. The longest batch with pictures comes first, so
-    that too little memory shows at once.
+    The order depends only on `seed` and `epoch`: each process computes the same, and accelerate distributes it. The
+    incomplete batches of both modalities come last, the one with pictures first. The longest batch with pictures comes
+    first, so that too little memory shows at once.
 
     Args:
-        lengths: tokens of each sample, about.
-        has_image: whether it has pictures.
-        batch_size: of a step of the optimizer: over all processes and accumulation steps.
-        seed: of the order.
-        epoch: of the order; see `set_epoch`.
+        lengths: approximate number of tokens of each sample.
+        has_image: whether each sample has pictures.
+        batch_size: batch size of one optimiser step, over all processes and accumulation steps.
+        seed: seed of the order.
+        epoch: epoch whose order to use; see `set_epoch`.
 
     Raises:
-        ValueError: lengths differ, or `batch_size` is not positive.
+        ValueError: `lengths` and `has_image` differ in length, or `batch_size` is not positive.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch."""
+        """Use the order of another epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class ModalityLengthSampler(Sampler[int]):
         return iter(np.concatenate([*order, *left]).astype(np.int64).tolist())
 
     def _batches(self, members: Any, rng: np.random.Generator) -> tuple[list[Any], Any]:
-        """Whole batches of similar lengths, and what is left over."""
+        """Return full batches of similar lengths, and the remaining indices."""
         members = rng.permutation(members)
         whole = len(members) // self.batch_size * self.batch_size
         batches = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows of which files to train on: one file, or a mixture in the format of LLaVA-NeXT."""
+"""Choose the rows to train on: those of one file, or of a mixture in the format of LLaVA-NeXT."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import numpy as np
 from cumo.data.yaml_text import parse_yaml, shown
 
 SUFFIXES = (".json", ".jsonl")
-MAX_WEIGHT = 1000  # the numbers of an epoch's rows lie in memory
+MAX_WEIGHT = 1000  # the row numbers of an epoch are in memory
 _SAMPLING = re.compile(r"all|(?P<which>first|end|random):(?P<amount>\d+|\d+(?:\.\d+)?%)")
 _KEYS = {"json_path": "path", "image_folder": "image_folder", "sampling_strategy": "sampling", "weight": "weight"}
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A file of conversations, and what to take of it.
+    """A file of conversations, and which of its rows to use.
 
     Raises:
-        ValueError: a field does not fit.
+        ValueError: a field has an invalid value.
     """
 
     path: str
     """A .json file, which holds a list of rows, or a .jsonl file, with a row on each line."""
     image_folder: str = ""
-    """To which the paths of pictures are relative; that of the file by default."""
+    """Folder that the paths of pictures are relative to; by default the file's own."""
     sampling: str = "all"
-    """all, or first:N, end:N or random:N: so many rows, in the order of the file; N% for a share, rounded up."""
+    """Rows to use: all, or first:N, end:N or random:N, in the order of the file; N% for a share, rounded up."""
     weight: float = 1.0
-    """How often an epoch goes through the rows taken: 2 is twice, 0.5 is a random half of them; at most 1000."""
+    """Passes over the rows in an epoch: 2 is twice, 0.5 is a random half of them; at most 1000."""
 
     def __post_init__(self) -> None:
         for name in ("path", "image_folder"):
@@ -60,20 +60,20 @@ class DataSource:
 
     @property
     def folder(self) -> Path:
-        """To which the paths of pictures are relative."""
+        """Folder that the paths of pictures are relative to."""
         return Path(self.image_folder) if self.image_folder else Path(self.path).parent
 
     @property
     def limit(self) -> int | None:
-        """How many rows of the file have to be read, if not all."""
+        """Number of rows of the file that must be read; None for all."""
         kind, _, amount = self.sampling.partition(":")
         return int(amount) if kind == "first" and not amount.endswith("%") else None
 
     def select(self, rows: int, rng: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Numbers of the rows for an epoch, of a file of so many; a row stands there as often as it is gone through.
+        """Return the numbers of an epoch's rows, for a file of `rows` rows. A row appears once for each pass over it.
 
         Raises:
-            ValueError: more rows are asked for than there are.
+            ValueError: `sampling` asks for more rows than there are.
         """
         kind, _, amount = self.sampling.partition(":")
         count = rows
@@ -93,16 +93,16 @@ class DataSource:
 
 
 def read_sources(path: str | Path) -> list[DataSource]:
-    """Sources of a data file or of a mixture.
+    """Read the sources from a data file or a mixture.
 
     Args:
-        path: a .json or .jsonl file, or a .yaml file as of LLaVA-NeXT:
+        path: a .json or .jsonl file, or a .yaml file in the format of LLaVA-NeXT:
             `datasets: [{json_path, sampling_strategy, image_folder, weight}, ...]`, all but the first optional (see
             `DataSource`). Relative paths in it are relative to it. Reading it needs PyYAML.
 
     Raises:
-        ValueError: the mixture does not fit; names it and the entry.
-        OSError: it cannot be read.
+        ValueError: the mixture is invalid; the message names it and the entry.
+        OSError: `path` cannot be read.
     """
     path = Path(path)
     if path.suffix in SUFFIXES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML that somebody wrote: plain values, each key once, of a size that its text accounts for. Needs PyYAML."""
+"""Parse YAML from people: plain values, each key once, of a size that its text accounts for. Needs PyYAML."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def shown(value: object) -> str:
-    """A value for an error's message, however large it is."""
+    """Shorten a value for an error message."""
     return _SHORT.repr(value)
 
 
 def parse_yaml(raw: str | bytes, name: str, expected: str = "YAML") -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Args:
-        raw: the text, in bytes UTF-8 (or UTF-16 with its mark).
-        name: what errors call it.
-        expected: what errors say was expected.
+        raw: the text; bytes are UTF-8 (or UTF-16 with its mark).
+        name: name of the text in error messages.
+        expected: what error messages say was expected.
 
     Raises:
-        ValueError: it is no YAML, or not of plain values; a mapping has a key twice, of which one would be lost; or
-            references make it endless, or larger than `MAX_VALUES`.
+        ValueError: `raw` is not YAML, or holds other than plain values; a mapping has a key twice, so that one value
+            would be lost; or references make it endless, or larger than `MAX_VALUES`.
     """
     import yaml
 
@@ -36,7 +36,7 @@ def parse_yaml(raw: str | bytes, name: str, expected: str = "YAML") -> Any:
         raise ValueError(f"{name}: expected {expected}, got {str(error)[:1000]}") from error
     except RecursionError as error:
         raise ValueError(f"{name}: expected {expected} that can be read, got what is nested too deep") from error
-    except Exception as error:  # PyYAML raises whatever a value that is none of its tag leads it to
+    except Exception as error:  # PyYAML raises any error on a value that does not fit its tag
         raise ValueError(f"{name}: expected {expected}, got a value that is none: {str(error)[:1000]}") from error
     if _size(value) > MAX_VALUES:
         raise ValueError(f"{name}: expected up to {MAX_VALUES} values, got more, by references within references")
@@ -44,7 +44,7 @@ def parse_yaml(raw: str | bytes, name: str, expected: str = "YAML") -> Any:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader, which takes each key once."""
+    """Return PyYAML's safe loader, changed to accept each key once."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -64,7 +64,7 @@ def _loader() -> Any:
 
 
 def _size(value: Any) -> int:
-    """How many values there are, each as often as it is referred to; counts no further than needed."""
+    """Count the values, each as often as it is referred to, but no further than needed."""
     count, left = 0, [value]
     while left and count <= MAX_VALUES:
         count += 1
