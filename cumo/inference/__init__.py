@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a trained model: one pipeline for scripts, the chat, the server and evaluation."""
+"""Answer with a trained model: one pipeline for scripts, the chat, the server and evaluation."""
 
 from cumo.inference.options import Completion, GenerationOptions
 from cumo.inference.pipeline import CuMoPipeline

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of the commands that answer with a model."""
+"""Command-line arguments of the commands that answer with a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cumo.models.quantization import QUANTIZATIONS
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs."""
+    """Add the arguments that say which model to load, and how it runs."""
     parser.add_argument("model", help="folder of a checkpoint, of either layout, or a name on the hub")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto is that of the checkpoint")
     parser.add_argument("--device", help="such as cpu or cuda:0; the first GPU, if there is one, by default")
@@ -22,10 +22,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_pipeline(arguments: argparse.Namespace) -> CuMoPipeline:
-    """The pipeline of the parsed arguments.
+    """Load the pipeline that the parsed arguments describe.
 
     Raises:
-        ValueError: they do not fit, or the checkpoint does not.
+        ValueError: an argument or the checkpoint is invalid.
     """
     options = {} if arguments.model_base is None else {"model_base": arguments.model_base}
     try:

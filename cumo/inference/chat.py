@@ -34,13 +34,13 @@ MAX_DOWNLOAD = 64 << 20
 
 
 class Chat:
-    """A conversation that grows by turns.
+    """A conversation in the terminal, which grows by turns.
 
     Args:
-        pipeline: answers.
-        options: how to answer.
-        out: where answers and messages go.
-        system: system prompt; that of the chat template if None.
+        pipeline: the pipeline that answers.
+        options: options of generation.
+        out: stream that answers and messages are written to.
+        system: system prompt; None for that of the chat template.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said and shown."""
+        """Forget all messages and pictures."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         self._pictures = []
 
     def show(self, source: str) -> None:
-        """Take a picture into the next question.
+        """Add a picture to the next question.
 
         Raises:
-            ValueError: it is no picture, or could not be fetched.
-            OSError: it cannot be read.
+            ValueError: `source` is not a picture, or could not be fetched.
+            OSError: `source` cannot be read.
         """
         picture = open_picture(source)
         self._pictures.append(picture)
         self._say(f"[picture of {picture.width} x {picture.height} pixels: ask something about it]\n")
 
     def handle(self, line: str) -> bool:
-        """Carry out what was typed; False if it ends the chat."""
+        """Carry out a line of input. Return False if it ends the chat."""
         line = line.strip()
         command, _, argument = line.partition(" ")
         if command == "/exit":
@@ -118,7 +118,7 @@ class Chat:
             self._say(" [stopped]")
             if not said:
                 self._say("\n")
-                return  # as if it had not been asked
+                return  # the question is dropped
         self._say("\n")
         self.messages += [question, {"role": "assistant", "content": "".join(said)}]
         self._pictures = []
@@ -129,19 +129,19 @@ class Chat:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
+    """Return the text without control characters, which a terminal would act on."""
     return "".join(character for character in text if character in "\n\t" or character.isprintable())
 
 
 def open_picture(source: str) -> Image.Image:
-    """A picture in RGB from a path or an http(s) address.
+    """Return a picture in RGB from a path or an http(s) address.
 
     Raises:
-        ValueError: it is no picture, or could not be fetched.
-        OSError: it cannot be read.
+        ValueError: `source` is not a picture, or could not be fetched.
+        OSError: `source` cannot be read.
     """
     if source.startswith(("http://", "https://")):
-        # asked for by the one who sits at this machine, who may also mean a machine nearby
+        # The request comes from a person at this machine, so addresses of the private network are allowed.
         content = fetch(source, max_bytes=MAX_DOWNLOAD, is_allowed=lambda _: True)
         return read_rgb(io.BytesIO(content), source[:200])
     path = Path(os.path.expanduser(source.strip("'\"")))
@@ -149,12 +149,12 @@ def open_picture(source: str) -> Image.Image:
 
 
 def lines(stdin: TextIO) -> Iterator[str]:
-    """What is typed, line by line, with a prompt where somebody types; Ctrl-C clears the line."""
+    """Yield lines of input, with a prompt if the input is a terminal. Ctrl-C clears the line."""
     if not stdin.isatty():
         yield from stdin
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives `input` its editing and history
+        import readline  # noqa: F401  # adds editing and history to `input`
     while True:
         try:
             yield input("> ")
@@ -166,7 +166,7 @@ def lines(stdin: TextIO) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """Add the arguments of `cumo chat`."""
     add_model_arguments(parser)
     parser.add_argument("--image", action="append", default=[], help="picture to begin with: a path or an address")
     parser.add_argument("--system", help="system prompt in place of the template's")
@@ -177,7 +177,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Chat until the end of the input."""
+    """Chat until the input ends."""
     options = GenerationOptions(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations, checked and turned into prompts in which nothing that a user wrote is a control token."""
+"""Check conversations, and make prompts of them in which no text of a user is a control token."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cumo.inference.features import PreparedPicture
 
 Conversation = Sequence[Mapping[str, Any]]
 ROLES = ("system", "user", "assistant")
-# Written by the published template as ordinary text, which the models know as control sequences all the same.
+# The published template writes these as ordinary text, and the models know them as control sequences.
 TEXT_MARKERS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Prompt(NamedTuple):
-    """A conversation as the tokenizer and the image processor take it."""
+    """A conversation in the form that the tokenizer and the image processor take."""
 
     text: str
     images: list[Any]
-    """One for each placeholder in `text`, in order."""
+    """Pictures, one for each placeholder in `text`, in order."""
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Raise unless a conversation has the form that `CuMoPipeline` documents.
+    """Check that a conversation has the form that `CuMoPipeline` documents.
 
     Raises:
         ValueError: a message or a part of one is malformed, or the last message is not the user's.
@@ -74,7 +74,7 @@ def _shown(value: object) -> str:
 
 
 def _places(text: str, token: str) -> Iterator[int]:
-    """Where a token begins in a text, also within itself."""
+    """Yield the positions at which a token begins in a text, overlapping ones included."""
     begin = text.find(token)
     while begin >= 0:
         yield begin
@@ -82,10 +82,10 @@ def _places(text: str, token: str) -> Iterator[int]:
 
 
 class PromptBuilder:
-    """Makes prompts with the chat template of a processor.
+    """Makes prompts with a processor's chat template.
 
     Text of the conversation that would read as a control token, such as `<image>`, `</s>` or `[INST]`, gets a space
-    after its first character, so that it stays legible and is ordinary text. That holds for every role.
+    after its first character. It stays legible and becomes ordinary text. This applies to every role.
 
     Args:
         processor: a `CuMoProcessor`.
@@ -100,8 +100,8 @@ class PromptBuilder:
         self._control = sorted(token for token in tokens if token.strip())
 
     def neutral(self, texts: Sequence[str]) -> list[str]:
-        """The texts of a message without control tokens, also without those that begin in one and end in another:
-        a template may join them."""
+        """Return the texts of a message without control tokens. Those that span several texts are also broken up, since
+        a template may join the texts."""
         joined = "".join(texts)
         cuts = sorted({begin + 1 for token in self._control for begin in _places(joined, token)})
         neutral, begin = [], 0
@@ -113,7 +113,7 @@ class PromptBuilder:
         return neutral
 
     def build(self, conversation: Conversation) -> Prompt:
-        """The prompt of a conversation, which ends where the answer begins.
+        """Return the prompt of a conversation, up to where the answer begins.
 
         Raises:
             ValueError: the conversation is malformed, or the template refuses it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of pictures, kept so that a picture is encoded once in a conversation of many turns."""
+"""Cache of picture embeddings, so that a picture is encoded once in a conversation of many turns."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 
 
 class PreparedPicture(NamedTuple):
-    """A picture that has yet to be encoded, or its embeddings."""
+    """A picture's embeddings, or its pixels if it has yet to be encoded."""
 
     key: bytes
     embeddings: Tensor | None
-    """[patches, LLM width]; None if they were not in the cache."""
+    """Embeddings [patches, LLM width]; None if they were not in the cache."""
     pixels: dict[str, Any]
     """The encoder's input; empty if there are embeddings."""
 
 
 def picture_key(picture: Image.Image) -> bytes:
-    """Hash of a picture's pixels, mode and size."""
+    """Return a hash of a picture's pixels, mode and size."""
     digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
     digest.update(picture.tobytes())
     return digest.digest()
 
 
 class FeatureCache:
-    """Tensors by key, the least recently used ones dropped at a limit of bytes. Safe to use from several threads.
+    """Tensors by key. Beyond a limit of bytes, the least recently used ones are dropped. Thread-safe.
 
     Args:
-        max_bytes: limit of all tensors together; 0 keeps nothing.
+        max_bytes: limit on the total size of the tensors; 0 keeps nothing.
 
     Raises:
-        ValueError: the limit is negative.
+        ValueError: `max_bytes` is negative.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -53,7 +53,7 @@ class FeatureCache:
         return len(self._entries)
 
     def get(self, key: bytes) -> Tensor | None:
-        """The tensor of a key, None if it is not there."""
+        """Return the tensor of a key, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
@@ -64,12 +64,12 @@ class FeatureCache:
             return found
 
     def peek(self, key: bytes) -> Tensor | None:
-        """The tensor of a key, without counting as a use of it."""
+        """Return the tensor of a key, or None, without counting it as a use."""
         with self._lock:
             return self._entries.get(key)
 
     def put(self, key: bytes, tensor: Tensor) -> None:
-        """Keep a tensor, unless it is larger than the limit by itself."""
+        """Keep a tensor, unless it alone exceeds the limit."""
         size = tensor.nbytes
         with self._lock:
             if key in self._entries or size > self.max_bytes:
@@ -80,7 +80,7 @@ class FeatureCache:
                 self.bytes -= self._entries.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        """Forget every tensor."""
+        """Drop every tensor."""
         with self._lock:
             self._entries.clear()
             self.bytes = 0

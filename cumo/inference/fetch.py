@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files from the web, for those who ask for it: never more than a limit, and never from a private network.
+"""Fetch files from the web: never more bytes than a limit, and by default never from a private network.
 
-A host name is resolved once, every address it has is checked, and the connection goes to the address that was checked:
-a name that resolves to something else a moment later gains nothing. Each redirection is checked in the same way.
+A host name is resolved once, every address it has is checked, and the connection goes to a checked address. A name
+that resolves to another address a moment later gains nothing. Each redirection is checked in the same way.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class FetchError(ValueError):
-    """A file that was not fetched, and why."""
+    """A file could not be fetched; the message says why."""
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet, also behind those that embed another one."""
+    """Whether an address is on the public internet; addresses embedded in it are checked too."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.ipv4_mapped is not None:
             return is_public(address.ipv4_mapped)
@@ -44,16 +44,16 @@ def is_public(address: Address) -> bool:
 def fetch(
     url: str, *, max_bytes: int, timeout: float = 10.0, is_allowed: Callable[[Address], bool] = is_public
 ) -> bytes:
-    """The content of an http or https address.
+    """Fetch the content of an http or https address.
 
     Args:
         url: the address.
-        max_bytes: limit of the content.
-        timeout: seconds for everything together.
-        is_allowed: which addresses may be connected to.
+        max_bytes: largest size of the content in bytes.
+        timeout: seconds for the whole fetch.
+        is_allowed: function that says whether an address may be connected to.
 
     Raises:
-        FetchError: the address is malformed or not allowed, the content too large, or the server did not answer well.
+        FetchError: `url` is malformed or not allowed, its content is too large, or the server did not answer properly.
     """
     with _Deadline(timeout) as deadline:
         for _ in range(MAX_REDIRECTS + 1):
@@ -72,7 +72,7 @@ def fetch(
 def _split(url: str) -> SplitResult:
     try:
         target = urlsplit(url)
-        target.port  # noqa: B018  # parsed when it is read
+        target.port  # noqa: B018  # the property parses the port
     except ValueError as error:
         raise FetchError(f"expected an http or https address, got a malformed one: {error}") from error
     if target.scheme not in ("http", "https") or not target.hostname:
@@ -87,7 +87,7 @@ def _port(target: SplitResult) -> int:
 
 
 def _resolve(target: SplitResult, is_allowed: Callable[[Address], bool]) -> str:
-    """The address to connect to; all that the name has must be allowed."""
+    """Return the address to connect to. All addresses of the name must be allowed."""
     host = str(target.hostname)
     try:
         found = socket.getaddrinfo(host, _port(target), type=socket.SOCK_STREAM)
@@ -101,7 +101,7 @@ def _resolve(target: SplitResult, is_allowed: Callable[[Address], bool]) -> str:
 
 
 class _Deadline:
-    """Shuts the connection down once the time is over, whatever it is waiting for."""
+    """Shuts the connection down when the time is over, whatever it is waiting for."""
 
     def __init__(self, seconds: float) -> None:
         self.passed = False
@@ -117,7 +117,7 @@ class _Deadline:
         self._timer.cancel()
 
     def watch(self, connected: socket.socket) -> None:
-        """The connection that is open now."""
+        """Set the connection that is open now."""
         self._socket = connected
         if self.passed:
             self._shut()
@@ -159,6 +159,6 @@ def _content(response: http.client.HTTPResponse, target: SplitResult, max_bytes:
         content += chunk
         if len(content) > max_bytes:
             raise FetchError(f"{target.hostname}: expected up to {max_bytes} bytes, got more")
-    if response.length:  # what was announced and did not come
+    if response.length:  # bytes that were announced and did not arrive
         raise http.client.IncompleteRead(b"", response.length)
     return bytes(content)

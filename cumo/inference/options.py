@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller asks of an answer, and what an answer is."""
+"""Options of an answer, and the answer itself."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How to answer one conversation; rows of a batch may have different ones.
+    """Options for answering one conversation. Rows of a batch may have different ones.
 
     Args:
-        max_new_tokens: upper limit of the answer, in tokens.
-        temperature: 0 for greedy decoding; otherwise the logits are divided by it, then drawn from.
+        max_new_tokens: largest number of tokens of the answer.
+        temperature: 0 for greedy decoding; otherwise the logits are divided by it before a token is drawn.
         top_p: draw from the smallest set of most probable tokens whose probabilities sum to this.
-        stop: strings (or one) before which the answer ends; they are not part of it.
-        seed: of the draws; with the same one, the same conversation gets the same answer, whatever else is in the
-            batch. None to draw differently each time.
+        stop: string or strings before which the answer ends; they are not part of it.
+        seed: seed of the draws. With the same seed, the same conversation gets the same answer, whatever else is in the
+            batch. None draws differently each time.
 
     Raises:
-        ValueError: a value does not fit.
+        ValueError: a value is out of range or of the wrong type.
 
     Examples:
         >>> from cumo.inference import GenerationOptions
@@ -44,7 +44,7 @@ class GenerationOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Validate; `stop` becomes a tuple."""
+        """Validate the values; `stop` becomes a tuple."""
         if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected a positive integer, got {self.max_new_tokens!r}")
         if not _is_number(self.temperature) or not 0 <= self.temperature <= 100:
@@ -62,16 +62,16 @@ class GenerationOptions:
 
 
 class Completion(NamedTuple):
-    """An answer."""
+    """An answer and why it ended."""
 
     text: str
-    """Without the stop string, and without white space around it."""
+    """Text of the answer, without the stop string and without surrounding white space."""
     finish_reason: FinishReason
     """"stop": the model ended its answer, or a stop string occurred; "length": a limit was reached; "cancelled"."""
     prompt_tokens: int
-    """Of the whole prompt, the placeholders of pictures included."""
+    """Number of tokens in the whole prompt, the placeholders of pictures included."""
     completion_tokens: int
-    """Generated, including the one that ended the answer."""
+    """Number of generated tokens, including the one that ended the answer."""
 
 
 def _is_integer(value: object) -> bool:

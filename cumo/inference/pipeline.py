@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations with pictures in, answers out: the one door to a trained model."""
+"""Answer conversations with pictures: the single entry point to a trained model."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ DEFAULT_CACHE_BYTES = 256 << 20
 
 
 class CuMoPipeline:
-    """Answers conversations.
+    """Answers conversations with a model.
 
     A conversation is a list of messages {"role": "system", "user" or "assistant", "content": ...}. Content is a string,
     or a list of parts {"type": "text", "text": ...} and {"type": "image", "image": ...}: a PIL image, a path, a uint8
-    array or what `prepare_picture` returned. Text that would read as a control token is made ordinary text; see
+    array or a result of `prepare_picture`. Text that would read as a control token is made ordinary text; see
     `PromptBuilder`.
 
-    Greedy answers do not depend on the batch they are in, on streaming or on cached features, up to the rounding of
-    the model's dtype. Pictures are encoded one by one (each is many tiles, which fill a GPU), so that their features do
-    not depend on their company at all.
+    Greedy answers do not depend on the rest of the batch, on streaming or on cached features, up to the rounding of the
+    model's dtype. Pictures are encoded one by one (each is many tiles, which fill a GPU), so their features do not
+    depend on other pictures at all.
 
-    One thread generates at a time; others wait.
+    Only one thread generates at a time; others wait.
 
     Args:
-        model: in the dtype and on the device where it is to run.
-        processor: of the model.
-        compile: compile the decoding step; implies `static_cache`, and takes minutes at the first answer.
-        static_cache: keep keys and values in memory that is reserved at the start of an answer.
-        feature_cache_bytes: memory for embeddings of pictures, on the model's device; 0 for none.
+        model: the model, in the dtype and on the device where it is to run.
+        processor: the model's processor.
+        compile: whether to compile the decoding step. Implies `static_cache`; takes minutes at the first answer.
+        static_cache: whether to keep keys and values in memory that is reserved when an answer begins.
+        feature_cache_bytes: bytes for embeddings of pictures, on the model's device; 0 for no cache.
 
     Raises:
-        ValueError: the processor is not the model's.
+        ValueError: `processor` does not fit `model`.
 
     Examples:
         >>> from cumo.inference import CuMoPipeline, GenerationOptions
@@ -87,7 +87,7 @@ class CuMoPipeline:
         self._static_cache = static_cache or compile
         self._lock = threading.Lock()
         self._eos_ids = _eos_ids(model, processor)
-        # no answer may hold a placeholder of a picture
+        # No answer may hold a picture's placeholder.
         image_token_id = processor.image_token_id
         self._suppressed = [image_token_id] if image_token_id < model.config.text_config.vocab_size else []
 
@@ -104,22 +104,22 @@ class CuMoPipeline:
         feature_cache_bytes: int = DEFAULT_CACHE_BYTES,
         **options: Any,
     ) -> CuMoPipeline:
-        """Load a model.
+        """Load a model and its processor.
 
         Args:
-            name: folder, of this package's layout or the published one, or a name on the hub.
-            dtype: "auto" for that of the checkpoint, "float32", "bfloat16" or "float16".
+            name: folder in this package's layout or the published one, or a name on the hub.
+            dtype: "auto" for the dtype of the checkpoint, "float32", "bfloat16" or "float16".
             device: None for the first GPU, or the CPU where there is none.
-            quantization: "int8" or "nf4" for the linear layers of the language model, but for its routers and its head;
+            quantization: "int8" or "nf4" for the linear layers of the language model, except its routers and its head;
                 needs bitsandbytes.
             compile: see `CuMoPipeline`.
             static_cache: see `CuMoPipeline`.
             feature_cache_bytes: see `CuMoPipeline`.
-            options: further ones of the model's `from_pretrained`: `revision`, `token`, `model_base`, `device_map`,
-                `attn_implementation`, ...
+            options: further arguments of the model's `from_pretrained`: `revision`, `token`, `model_base`,
+                `device_map`, `attn_implementation`, ...
 
         Raises:
-            ValueError: an argument or the checkpoint does not fit.
+            ValueError: an argument or the checkpoint is invalid.
             ImportError: a package that quantisation needs is not installed.
         """
         model, processor = load(name, dtype=dtype, device=device, quantization=quantization, **options)
@@ -129,7 +129,7 @@ class CuMoPipeline:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens that prompt and answer may have together; None if the language model has no limit."""
+        """Largest number of tokens of prompt and answer together; None if the language model has no limit."""
         return getattr(self.model.config.text_config, "max_position_embeddings", None)
 
     def generate(
@@ -137,14 +137,14 @@ class CuMoPipeline:
         conversations: Sequence[Conversation],
         options: GenerationOptions | Sequence[GenerationOptions] | None = None,
     ) -> list[Completion]:
-        """Answer conversations, in one batch.
+        """Answer conversations in one batch.
 
         Args:
-            conversations: any number.
-            options: for all of them, or one for each; `GenerationOptions()` by default.
+            conversations: any number of conversations.
+            options: options for all of them, or one for each; `GenerationOptions()` by default.
 
         Raises:
-            ValueError: a conversation is malformed or longer than the model takes.
+            ValueError: a conversation is malformed or longer than the model's limit.
         """
         if options is None or isinstance(options, GenerationOptions):
             options = [options or GenerationOptions()] * len(conversations)
@@ -155,14 +155,14 @@ class CuMoPipeline:
         return [row.completion() for row in rows]
 
     def stream(self, conversation: Conversation, options: GenerationOptions | None = None) -> Iterator[str]:
-        """Answer one conversation, piece by piece; ends early, and frees the model, when it is closed.
+        """Answer one conversation, piece by piece. Closing the iterator ends the answer and frees the model.
 
         Args:
-            conversation: to answer.
-            options: `GenerationOptions()` by default.
+            conversation: the conversation to answer.
+            options: options of the answer; `GenerationOptions()` by default.
 
         Raises:
-            ValueError: the conversation is malformed or longer than the model takes.
+            ValueError: `conversation` is malformed or longer than the model's limit.
         """
         pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         row = self.prepare(conversation, options or GenerationOptions(), pieces.put)
@@ -173,7 +173,7 @@ class CuMoPipeline:
             try:
                 self.run([row])
                 pieces.put(None)
-            except BaseException as error:  # raised again where the pieces are read
+            except BaseException as error:  # raised again in the thread that reads the pieces
                 pieces.put(error)
 
         worker = threading.Thread(target=work, name="cumo-stream", daemon=True)
@@ -185,7 +185,7 @@ class CuMoPipeline:
                 yield piece
         finally:
             row.cancel()
-            if worker.ident is not None:  # else it was not even started
+            if worker.ident is not None:  # None: it was never started
                 worker.join()
 
     def prepare(
@@ -195,16 +195,16 @@ class CuMoPipeline:
         on_text: Callable[[str], None] | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> Row:
-        """A row for `run`: the conversation checked, its prompt in tokens, its pictures ready for the encoder.
+        """Prepare a row for `run`: check the conversation, tokenise its prompt, prepare its pictures for the encoder.
 
         Args:
-            conversation: to answer.
-            options: how.
-            on_text: called with each piece of the answer, in the thread that runs.
-            on_end: called in that thread once the answer has ended, while others of its batch may go on.
+            conversation: the conversation to answer.
+            options: options of the answer.
+            on_text: called with each piece of the answer, in the thread that runs the model.
+            on_end: called in that thread once the answer has ended; other rows of the batch may still go on.
 
         Raises:
-            ValueError: the conversation is malformed or longer than the model takes.
+            ValueError: `conversation` is malformed or longer than the model's limit.
         """
         prompt = self._prompts.build(conversation)
         ids = self.processor.prompt_ids(prompt.text)
@@ -220,7 +220,7 @@ class CuMoPipeline:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> None:
-        """Answer rows of `prepare`, in one batch. Rows that are cancelled end at the next token."""
+        """Answer rows from `prepare` in one batch. Cancelled rows end at the next token."""
         if not rows:
             return
         with self._lock:
@@ -235,21 +235,21 @@ class CuMoPipeline:
             )
 
     def exclusive(self) -> AbstractContextManager[Any]:
-        """Nothing else runs on the model within; for those who call its parts themselves."""
+        """Return a lock as a context manager, for callers that use parts of the model themselves."""
         return self._lock
 
     def prepare_picture(self, image: Any) -> PreparedPicture:
-        """A picture as the encoder takes it, or its embeddings if they are there already.
+        """Return a picture in the encoder's form, or its embeddings if they are in the cache.
 
         Args:
-            image: a PIL image, the path of a file, a uint8 array, or what this returned.
+            image: a PIL image, the path of a file, a uint8 array, or a result of this method.
 
         Raises:
-            ValueError: it is nothing of that.
+            ValueError: `image` is none of these.
         """
         if isinstance(image, PreparedPicture):
             return image
-        # a string is a path and never an address
+        # A string is a path, never an address.
         if isinstance(image, (str, os.PathLike)) and not os.path.isfile(image):
             raise ValueError(f"image: expected a picture or the path of a file, got {str(image)[:200]!r}")
         picture = to_rgb(image)
@@ -258,12 +258,12 @@ class CuMoPipeline:
         return PreparedPicture(key, found, self.pixels(picture) if found is None else {})
 
     def pixels(self, picture: Image.Image) -> dict[str, Any]:
-        """What the vision encoder takes of an RGB picture, on the CPU in float32."""
+        """Return the vision encoder's input for an RGB picture, on the CPU in float32."""
         batch = self.processor(images=[picture], return_tensors="pt")
         return {name: batch[name] for name in ("pixel_values", "pixel_values_large") if name in batch}
 
     def on_device(self, pixels: dict[str, Any]) -> dict[str, Any]:
-        """The same in the dtype and on the device of the encoder."""
+        """Return `pixels` in the dtype and on the device of the encoder."""
         weight: Any = self.model.vision_tower.get_input_embeddings().weight
 
         def moved(value: Any) -> Any:
@@ -272,7 +272,7 @@ class CuMoPipeline:
         return {name: moved(value) for name, value in pixels.items()}
 
     def picture_embeddings(self, picture: PreparedPicture) -> Tensor:
-        """[patches, LLM width], from the cache if they are there."""
+        """Return a picture's embeddings [patches, LLM width], from the cache if they are there."""
         found = picture.embeddings if picture.embeddings is not None else self.features.peek(picture.key)
         if found is None:
             features = self.model.get_image_features(**self.on_device(picture.pixels))
@@ -282,7 +282,7 @@ class CuMoPipeline:
         return found
 
     def _embed(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, D] of the prompts and their mask [B, L], padded on the left."""
+        """Return the embeddings [B, L, D] of the prompts and their mask [B, L], padded on the left."""
         longest = max(len(row.prompt_ids) for row in rows)
         padding = [longest - len(row.prompt_ids) for row in rows]
         ids = torch.tensor([[0] * pad + list(row.prompt_ids) for pad, row in zip(padding, rows, strict=True)])
@@ -290,7 +290,7 @@ class CuMoPipeline:
         table: Any = self.model.get_input_embeddings()
         device = table.weight.device
         features = [self.picture_embeddings(picture) for row in rows for picture in row.pictures]
-        stacked = torch.stack(features).to(device) if features else None  # parts may lie on several devices
+        stacked = torch.stack(features).to(device) if features else None  # the model may be spread over several devices
         return self.model.embed(ids.to(device), stacked), mask.to(device)
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
@@ -307,14 +307,14 @@ class CuMoPipeline:
             disable_compile=not self._compile,
         )
         if self._compile:
-            # CUDA graphs are left out: they keep one set of buffers, and batches come in many sizes.
+            # No CUDA graphs: they keep one set of buffers, and batches come in many sizes.
             config.compile_config = CompileConfig(mode="default", dynamic=True)
             config.compile_config._compile_all_devices = True
         return config
 
 
 def _eos_ids(model: CuMoForConditionalGeneration, processor: CuMoProcessor) -> frozenset[int]:
-    """Tokens that end an answer: those of the generation configuration, and the tokenizer's."""
+    """Return the tokens that end an answer: those of the generation configuration, and the tokenizer's."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(token for token in [*ids, processor.tokenizer.eos_token_id] if token is not None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts the patches of a picture went to, as maps over the picture.
+"""Maps over a picture of the experts that its patches were sent to.
 
 Letters: L blocks of the encoder, K choices of a patch, H height and W width in patches.
 """
@@ -18,41 +18,41 @@ from cumo.models.multiscale import merge_tiles
 from cumo.models.pictures import mean_colour, pad_to_square
 from cumo_kernels import Routing
 
-SIDE = 672  # of the picture that is shown
+SIDE = 672  # pixels of a side of the picture that is shown
 
 
 class ExpertMaps(NamedTuple):
-    """Of the patches of one scale, or of the connector (L is 1)."""
+    """Experts of the patches of one scale, or of the connector (L is 1)."""
 
     scale: int
     num_experts: int
     experts: Tensor
-    """[L, K, H, W] int32: the experts of each patch, the most probable first."""
+    """Experts of each patch [L, K, H, W] int32, the most probable first."""
     weights: Tensor
-    """[L, K, H, W] float32: their weights, which sum to 1 over K."""
+    """Weights of these experts [L, K, H, W] float32, which sum to 1 over K."""
 
     @property
     def load(self) -> Tensor:
-        """[L, E] float32: share of all choices that went to each expert."""
+        """Share of all choices that went to each expert, [L, E] float32."""
         layers = [torch.bincount(layer.flatten(), minlength=self.num_experts) for layer in self.experts]
         counts = torch.stack(layers).float()
         return counts / counts.sum(dim=1, keepdim=True)
 
 
 class PictureRouting(NamedTuple):
-    """Of a picture, in the encoder at each scale and in the connector."""
+    """Experts of a picture's patches, in the encoder at each scale and in the connector."""
 
     picture: Image.Image
-    """Padded or cut to the square that the encoder sees, over which the maps lie; larger than that, to be looked at."""
+    """Picture that the maps lie over: padded or cut to the encoder's square, in a larger size for display."""
     vision: tuple[ExpertMaps, ...]
-    """One for each scale; empty where the encoder's blocks are dense."""
+    """Maps of each scale; empty where the encoder's blocks are dense."""
     connector: ExpertMaps | None
-    """None where the connector is dense."""
+    """Maps of the connector; None where it is dense."""
 
 
 @torch.inference_mode()
 def picture_routing(pipeline: CuMoPipeline, picture: Image.Image) -> PictureRouting:
-    """Encode an RGB picture and see where its patches go. Its embeddings are kept for the question that follows."""
+    """Encode an RGB picture and record its routing. Its embeddings are cached for the question that follows."""
     model = pipeline.model
     vision_config = model.config.vision_config
     pixels = pipeline.pixels(picture)
@@ -80,18 +80,18 @@ def picture_routing(pipeline: CuMoPipeline, picture: Image.Image) -> PictureRout
 
 
 def _tile_maps(routing: Routing, tiles: int, begin: int, scale: int, side: int) -> tuple[Tensor, Tensor]:
-    """Experts and weights [K, scale * side, scale * side] of one block at one scale."""
+    """Return experts and weights [K, scale * side, scale * side] of one block at one scale."""
 
     def merged(choice_TK: Tensor) -> Tensor:
         tokens = choice_TK.unflatten(0, (tiles, -1))[begin : begin + scale**2]
-        patches = tokens[:, tokens.shape[1] - side**2 :]  # without the class token, where there is one
+        patches = tokens[:, tokens.shape[1] - side**2 :]  # without the class token, if there is one
         return merge_tiles(patches.transpose(1, 2).unflatten(2, (side, side)).contiguous(), scale)[0]
 
     return merged(routing.expert_TK), merged(routing.weight_TK)
 
 
 def _square(pipeline: CuMoPipeline, picture: Image.Image) -> Image.Image:
-    """The picture as the image processor fits it into a square, in the resolution of a page rather than the encoder."""
+    """Fit the picture into a square as the image processor does, at the size for display."""
     processor: Any = pipeline.processor.image_processor
     size = (max(SIDE, pipeline.model.config.vision_config.encoder_config.image_size),) * 2
     if processor.do_pad:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a batch, each with options of its own, in one `generate` of transformers.
+"""Rows of a batch, each with its own options, in one `generate` of transformers.
 
 Letters: B rows, V vocabulary, L tokens generated so far.
 """
@@ -19,19 +19,19 @@ from cumo.inference.features import PreparedPicture
 from cumo.inference.options import Completion, FinishReason, GenerationOptions
 from cumo.inference.text_stream import TextStream
 
-COLDEST = 1e-6  # below, a temperature would be rounded to 0
+COLDEST = 1e-6  # a lower temperature would be rounded to 0
 
 
 class Row:
-    """An answer in the making.
+    """An answer that is being generated.
 
     Args:
-        prompt_ids: of the whole prompt.
-        pictures: of the prompt, in order.
-        options: how to answer.
-        tokenizer: decodes.
+        prompt_ids: ids of the whole prompt.
+        pictures: pictures of the prompt, in order.
+        options: options of the answer.
+        tokenizer: tokenizer that decodes the answer.
         on_text: called with each piece of text, in the thread that generates.
-        on_end: called there once the answer has ended.
+        on_end: called in the same thread once the answer has ended.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Row:
         self.restart()
 
     def cancel(self) -> None:
-        """End the answer at the next token; from any thread."""
+        """End the answer at the next token. May be called from any thread."""
         self._cancelled.set()
 
     def restart(self) -> None:
-        """Begin the draws anew, for a row that has not got a token."""
+        """Restart the random draws. Only for a row that has no token yet."""
         assert self.tokens == 0
         self._draws.manual_seed(self._seed)
 
@@ -76,11 +76,11 @@ class Row:
         return self._cancelled.is_set()
 
     def draw(self) -> float:
-        """The next random number, from 0 to below 1: one for each token that is sampled."""
+        """Return the next random number in [0, 1). One is drawn for each sampled token."""
         return float(torch.rand((), generator=self._draws, dtype=torch.float64))
 
     def push(self, token: int, eos_ids: frozenset[int]) -> None:
-        """Take the next token; ends the row where something asks for it."""
+        """Add the next token, and end the row if the token, a stop string or a limit asks for it."""
         self.tokens += 1
         if self.is_cancelled:
             return self._finish("cancelled")
@@ -94,14 +94,14 @@ class Row:
         return None
 
     def completion(self) -> Completion:
-        """The answer, once it has ended."""
+        """Return the answer, once it has ended."""
         assert self.finish_reason is not None
         return Completion(self._stream.text, self.finish_reason, len(self.prompt_ids), self.tokens)
 
     def _finish(self, reason: FinishReason) -> None:
         if reason != "cancelled":
             self._say(self._stream.finish())
-        # what was held back may have completed a stop string
+        # the text held back may have completed a stop string
         self.finish_reason = "stop" if reason == "length" and self._stream.stopped else reason
         if self._on_end is not None:
             self._on_end()
@@ -112,13 +112,13 @@ class Row:
 
 
 class RowSampler(LogitsProcessor):
-    """Draws each row's token by the row's own options and random numbers, so that its company changes nothing.
+    """Draws each row's token with the row's own options and random numbers, so that other rows have no influence.
 
-    Leaves 0 at the chosen token and -inf elsewhere; rows of temperature 0 are left as they are. The caller decodes
+    Leaves 0 at the chosen token and -inf elsewhere; rows of temperature 0 stay unchanged. The caller decodes
     greedily.
 
     Args:
-        rows: of the batch, B.
+        rows: the B rows of the batch.
         suppressed: ids that are never chosen.
     """
 
@@ -128,7 +128,7 @@ class RowSampler(LogitsProcessor):
         self._sampled = [index for index, row in enumerate(rows) if row.options.temperature > 0]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        """Scores [B, V] -> [B, V]."""
+        """Map scores [B, V] to scores [B, V]."""
         if self._suppressed:
             scores[:, self._suppressed] = -torch.inf
         if not self._sampled:
@@ -137,32 +137,32 @@ class RowSampler(LogitsProcessor):
         options = torch.tensor([[max(row.options.temperature, COLDEST), row.options.top_p, row.draw()] for row in rows])
         temperature, top_p, draw = options.to(scores.device).split(1, dim=1)
         logits = scores[self._sampled].float()
-        # relative to the largest, which stays finite whatever it is divided by
+        # relative to the largest logit, which stays finite after any division
         chosen = choose((logits - logits.amax(dim=-1, keepdim=True)) / temperature, top_p, draw)
         scores[self._sampled] = torch.full_like(scores[self._sampled], -torch.inf).scatter_(1, chosen, 0.0)
         return scores
 
 
 def choose(logits: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
-    """Inverse of the distribution function: logits [B, V], top_p and draw [B, 1] in [0, 1) -> ids [B, 1].
+    """Draw tokens by the inverse distribution function: logits [B, V], top_p and draw [B, 1] in [0, 1) -> ids [B, 1].
 
-    Tokens are taken by falling probability until their sum reaches `top_p`; `draw` is a share of that sum.
+    Tokens are kept by falling probability until their sum reaches `top_p`; `draw` is a share of that sum.
     """
     probs, ids = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     sums = probs.cumsum(dim=-1)
     kept = sums - probs < top_p
-    kept[:, 0] = True  # also where `top_p` is rounded to 0
+    kept[:, 0] = True  # even if `top_p` is rounded to 0
     total = torch.where(kept, sums, 0.0).amax(dim=-1, keepdim=True)
     place = (sums <= draw * total).sum(dim=-1, keepdim=True)
     return ids.gather(1, torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1))
 
 
 class RowStopping(StoppingCriteria):
-    """Hands each row its newest token, and ends the rows that want to.
+    """Gives each row its newest token, and stops the rows that have ended.
 
     Args:
-        rows: of the batch, B.
-        eos_ids: tokens that end an answer.
+        rows: the B rows of the batch.
+        eos_ids: ids of the tokens that end an answer.
     """
 
     def __init__(self, rows: Sequence[Row], eos_ids: frozenset[int]) -> None:
@@ -170,7 +170,7 @@ class RowStopping(StoppingCriteria):
         self._eos_ids = eos_ids
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        """Ids [B, L] -> [B], True for rows that have ended."""
+        """Map ids [B, L] to [B], True for rows that have ended."""
         for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
             if row.finish_reason is None:
                 row.push(token, self._eos_ids)

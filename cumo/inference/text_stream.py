@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens in, text out: piece by piece, without halves of characters, and ending before a stop string."""
+"""Turn tokens into text, piece by piece, without partial characters, and end before a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-INCOMPLETE = "\ufffd"  # how a tokenizer writes bytes that are no character, or not yet
+INCOMPLETE = "\ufffd"  # a tokenizer's output for bytes that are not a whole character
 
 
 class TextStream:
-    """The text of tokens that come one by one.
+    """The text of tokens that arrive one by one.
 
-    The pieces together are the text. White space around the text is left out, so white space is held back until
-    something follows it; so is what may become a stop string.
+    The pieces add up to the text. White space around the text is left out, so white space is held back until something
+    follows it; so is text that may turn out to begin a stop string.
 
     Args:
-        tokenizer: decodes; special tokens are left out.
+        tokenizer: tokenizer that decodes; special tokens are left out.
         stop: strings before which the text ends.
     """
 
@@ -34,11 +34,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All pieces so far."""
+        """Concatenation of all pieces so far."""
         return self._text[: self._given].lstrip()
 
     def push(self, token: int) -> str:
-        """Add a token; what can be said for certain now, possibly nothing."""
+        """Add a token. Return the text that is certain now, possibly none."""
         if self.stopped:
             return ""
         self._tokens.append(token)
@@ -51,7 +51,7 @@ class TextStream:
         return self._give(self._held())
 
     def finish(self) -> str:
-        """The rest, after the last token."""
+        """Return the rest of the text, after the last token."""
         if not self.stopped:
             known = self._decode(self._context, self._decoded)
             self._append(self._decode(self._context, len(self._tokens))[len(known) :])
@@ -71,7 +71,7 @@ class TextStream:
             self.stopped = True
 
     def _held(self) -> int:
-        """Characters at the end that may begin a stop string."""
+        """Return the number of characters at the end that may begin a stop string."""
         if self.stopped:
             return 0
         longest = max(map(len, self._stop), default=1) - 1

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels inside other libraries; each module needs the library that it is named after."""
+"""Use CuMo in other libraries. Each module needs the library that it is named after."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CuMo as a model of lmms-eval: `--model cumo --model_args pretrained=FOLDER`.
 
-lmms-eval finds it by the entry point `cumo` in the group `lmms_eval.models` of this package: installed together, they
-know each other. Written against lmms-eval 0.7.
+lmms-eval finds it through this package's entry point `cumo` in the group `lmms_eval.models`, if both are installed in
+one environment. Written against lmms-eval 0.7.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import GenerationResult, Instance
     from lmms_eval.models.registry_v2 import ModelManifest
 
-DEFAULT_NEW_TOKENS = 1024  # that of lmms-eval's other models
-# Settings of a task that mean what `GenerationOptions` can say.
+DEFAULT_NEW_TOKENS = 1024  # the default of lmms-eval's other models
+# Settings of a task that `GenerationOptions` can express.
 _KNOWN = ("max_new_tokens", "temperature", "top_p", "until", "do_sample", "num_beams")
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives to lmms-eval."""
+    """Return the manifest that the entry point gives to lmms-eval."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="cumo", chat_class_path="cumo.integrations.lmms_eval_model.CuMoChat")
 
 
 def options_of(settings: dict[str, Any]) -> GenerationOptions:
-    """`GenerationOptions` of a task's generation settings.
+    """Convert a task's generation settings to `GenerationOptions`.
 
     Raises:
-        ValueError: a setting is unknown, or asks for what CuMo's pipeline does not do.
+        ValueError: a setting is unknown, or asks for something that CuMo's pipeline does not do.
     """
     unknown = sorted(set(settings) - set(_KNOWN))
     if unknown:
@@ -51,10 +51,10 @@ def options_of(settings: dict[str, Any]) -> GenerationOptions:
 
 
 def conversation_of(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """A conversation of lmms-eval's chat protocol as `CuMoPipeline` takes it.
+    """Convert a conversation of lmms-eval's chat protocol to the form that `CuMoPipeline` takes.
 
     Raises:
-        ValueError: it holds something else than text and pictures.
+        ValueError: `messages` holds something other than text and pictures.
     """
     from lmms_eval.protocol import ChatMessages
 
@@ -73,14 +73,14 @@ def answer(
     batch_size: int,
     progress: Callable[[int], object],
 ) -> list[GenerationResult]:
-    """Answers of lmms-eval's requests, in their order; those with the same settings go in batches.
+    """Answer lmms-eval's requests and return the answers in their order. Requests with equal settings share batches.
 
     Args:
-        pipeline: asked.
-        requests: each with the arguments (context, doc_to_messages, generation_kwargs, doc_id, task, split).
-        documents: the document of (task, split, doc_id).
-        batch_size: of a call of the pipeline.
-        progress: called with the number of requests that were answered.
+        pipeline: the pipeline that answers.
+        requests: requests with the arguments (context, doc_to_messages, generation_kwargs, doc_id, task, split).
+        documents: function that returns the document of (task, split, doc_id).
+        batch_size: number of conversations in a call of the pipeline.
+        progress: called with the number of requests that were just answered.
     """
     from lmms_eval.api.instance import GenerationResult, TokenCounts
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The class that lmms-eval makes; apart, since its base class is lmms-eval's."""
+"""The model class for lmms-eval, in a module of its own because its base class is lmms-eval's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cumo.integrations.lmms_eval import answer
 
 
 class CuMoChat(lmms):  # type: ignore[misc]
-    """CuMo behind `CuMoPipeline`; with `accelerate launch`, a copy on each GPU.
+    """CuMo as a model of lmms-eval, on `CuMoPipeline`; with `accelerate launch`, a copy on each GPU.
 
     Args:
-        pretrained: folder of a checkpoint, of this package's layout or the published one, or a name on the hub.
-        device: by default the GPU of this process, or the CPU where there is none.
-        dtype: "auto" for that of the checkpoint, "float32", "bfloat16" or "float16".
-        batch_size: requests of the same settings that are answered together.
-        options: further ones of `CuMoPipeline.from_pretrained`: `quantization`, `revision`, ...
+        pretrained: folder in this package's layout or the published one, or a name on the hub.
+        device: device of the model; by default the GPU of this process, or the CPU where there is none.
+        dtype: "auto" for the dtype of the checkpoint, "float32", "bfloat16" or "float16".
+        batch_size: number of requests with equal settings that are answered together.
+        options: further arguments of `CuMoPipeline.from_pretrained`: `quantization`, `revision`, ...
 
     Raises:
-        ValueError: an argument or the checkpoint does not fit.
+        ValueError: an argument or the checkpoint is invalid.
     """
 
     is_simple = False
@@ -52,11 +52,11 @@ class CuMoChat(lmms):  # type: ignore[misc]
 
     @property
     def model(self) -> torch.nn.Module:
-        """The model itself."""
+        """The CuMo model."""
         return self.pipeline.model
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answers of the requests, in their order."""
+        """Answer the requests and return the answers in their order."""
 
         def document(task: str, split: str, doc_id: int) -> Any:
             return self.task_dict[task][split][doc_id]
@@ -65,9 +65,9 @@ class CuMoChat(lmms):  # type: ignore[misc]
             return answer(self.pipeline, requests, document, self.batch_size, progress.update)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: CuMo is evaluated by what it generates."""
+        """Not supported: CuMo is evaluated by what it generates."""
         raise NotImplementedError(f"loglikelihood: expected a task that generates, got {len(requests)} of another kind")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered: what a round asks depends on the task's own code."""
+        """Not supported: what a round asks depends on the task's own code."""
         raise NotImplementedError(f"expected a task of one round, got {len(requests)} requests of several")

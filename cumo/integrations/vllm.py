@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint that vLLM serves through its Transformers modeling backend.
 
-The backend makes the model from `AutoModel`, without a head, and replaces attention, linear layers and embeddings with
-its own. The written folder holds the checkpoint as it is, its processor, and a module that brings `CuMoModel` from this
-package, which therefore has to be installed beside vLLM; `--trust-remote-code` lets vLLM import that module.
+The backend builds the model from `AutoModel`, without a head, and replaces attention, linear layers and embeddings with
+its own. The written folder holds the unchanged checkpoint, its processor, and a module that imports `CuMoModel` from
+this package, which must therefore be installed beside vLLM; `--trust-remote-code` lets vLLM import that module.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ SOURCE = """\
 # Lets vLLM find the model, whose code is in the package cumo.
 from cumo.integrations.vllm import CuMoConfig, CuMoModel  # noqa: F401
 """
-# The order matters: the configuration has to be known before the model.
+# The order matters: the configuration must be known before the model.
 AUTO_MAP = {"AutoConfig": f"{MODULE}.CuMoConfig", "AutoModel": f"{MODULE}.CuMoModel"}
 
 
 class _Decoder(nn.Module):
-    """Gives the language model without its head the names that its tensors have in a checkpoint."""
+    """Names the tensors of the language model without its head as a checkpoint does."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.model = AutoModel.from_config(config)
 
     def get_input_embeddings(self) -> Callable[[Tensor], Tensor]:
-        """Of text; placeholders of pictures, which are no part of the vocabulary, get those of token 0."""
+        """Embed text. Picture placeholders, which are outside the vocabulary, get the embedding of token 0."""
         table = self.model.get_input_embeddings()
         size = self.model.config.vocab_size
         return lambda ids: table(ids.masked_fill(ids >= size, 0))
 
 
 class CuMoModel(PreTrainedModel):
-    """CuMo without a head, in the form that vLLM's Transformers backend takes apart and puts together anew.
+    """CuMo without a head, in the form that vLLM's Transformers backend takes apart and reassembles.
 
-    It does not load checkpoints or train; that is what `CuMoForConditionalGeneration` is for, of whose tensors it has
-    all but the head, under the same names.
+    It neither loads checkpoints nor trains; use `CuMoForConditionalGeneration` for that. It has the same tensors under
+    the same names, except the head.
     """
 
     config: CuMoConfig
@@ -77,22 +77,22 @@ class CuMoModel(PreTrainedModel):
         CuMoVisionPreTrainedModel.init_layer(module, getattr(self.config.text_config, "initializer_range", 0.02))
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the decoder."""
+        """Return the language model's input embeddings."""
         return self.language_model.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Those of the decoder."""
+        """Replace the language model's input embeddings."""
         self.language_model.model.set_input_embeddings(value)
 
     def get_decoder(self) -> Any:
-        """The language model."""
+        """Return the language model."""
         return self.language_model.model
 
     def get_encoder(self, modality: str | None = None) -> Any:
-        """The vision encoder.
+        """Return the vision encoder.
 
         Raises:
-            ValueError: another modality than "image" is asked for.
+            ValueError: `modality` is neither None nor "image".
         """
         if modality not in (None, "image"):
             raise ValueError(f"modality: expected 'image', got {modality!r}")
@@ -101,7 +101,7 @@ class CuMoModel(PreTrainedModel):
     def get_image_features(
         self, pixel_values: Tensor, pixel_values_large: Any = None, return_dict: bool | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Pictures [images, 3, H, H] -> `pooler_output` [images, patches, LLM width]."""
+        """Encode pictures [images, 3, H, H] to `pooler_output` [images, patches, LLM width]."""
         del return_dict, kwargs
         embeddings, _ = self.connector(self.vision_tower(pixel_values, pixel_values_large).features)
         return BaseModelOutputWithPooling(pooler_output=embeddings)
@@ -109,19 +109,19 @@ class CuMoModel(PreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """The decoder's last hidden states [B, L, D], of ids without placeholders or of embeddings."""
+        """Return the decoder's last hidden states [B, L, D], for ids without placeholders or for embeddings."""
         return self.language_model.model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def export(source: str | Path, target: Path) -> None:
-    """Write a folder for vLLM.
+    """Write a folder that vLLM can serve.
 
     Args:
         source: checkpoint of either layout, or a name on the hub.
-        target: folder, made if it is not there.
+        target: folder to write; created if it does not exist.
 
     Raises:
-        ValueError: the folder is not empty, or the model is one that the backend cannot serve.
+        ValueError: `target` is not empty, or the backend cannot serve the model.
     """
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"target: expected an empty folder, got {str(target)!r}, which holds files")
@@ -139,12 +139,12 @@ def export(source: str | Path, target: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command."""
+    """Add the arguments of `cumo export-vllm`."""
     parser.add_argument("source", help="checkpoint of either layout, or a name on the hub")
     parser.add_argument("target", type=Path, help="folder to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write it, and say how vLLM is started."""
+    """Write the folder, and print how to start vLLM."""
     export(arguments.source, arguments.target)
     print(f"vllm serve {arguments.target} --model-impl transformers --trust-remote-code")

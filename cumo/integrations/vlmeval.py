@@ -4,7 +4,7 @@
     import cumo.integrations.vlmeval as cumo_vlmeval
     cumo_vlmeval.register("cumo-mistral-7b", "path/to/checkpoint")
 
-VLMEvalKit is no package of an index: it is installed from its source. Written against its state of August 2026.
+VLMEvalKit is on no package index; install it from its source. Written against its state of August 2026.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Message = list[dict[str, str]]
 
 
 def content_of(message: Message) -> list[dict[str, str]]:
-    """A message of VLMEvalKit as parts of a message of ours.
+    """Convert a message of VLMEvalKit to the parts of one of our messages.
 
     Raises:
-        ValueError: it holds something else than text and pictures.
+        ValueError: `message` holds something other than text and pictures.
     """
     parts = []
     for item in message:
@@ -37,16 +37,16 @@ def content_of(message: Message) -> list[dict[str, str]]:
 
 
 class CuMo(BaseModel):  # type: ignore[misc]
-    """CuMo behind `CuMoPipeline`, with VLMEvalKit's own prompts.
+    """CuMo as a model of VLMEvalKit, on `CuMoPipeline`, with VLMEvalKit's own prompts.
 
     Args:
-        model_path: folder of a checkpoint, of this package's layout or the published one, or a name on the hub.
-        max_new_tokens: of an answer.
+        model_path: folder in this package's layout or the published one, or a name on the hub.
+        max_new_tokens: largest number of tokens of an answer.
         temperature: 0 for greedy decoding.
-        options: of `CuMoPipeline.from_pretrained`: `device`, `dtype`, `quantization`, ...
+        options: further arguments of `CuMoPipeline.from_pretrained`: `device`, `dtype`, `quantization`, ...
 
     Raises:
-        ValueError: an argument or the checkpoint does not fit.
+        ValueError: an argument or the checkpoint is invalid.
     """
 
     INTERLEAVE = True  # text and any number of pictures, in any order
@@ -58,11 +58,11 @@ class CuMo(BaseModel):  # type: ignore[misc]
         self.pipeline = CuMoPipeline.from_pretrained(model_path, **options)
 
     def generate_inner(self, message: Message, dataset: str | None = None) -> str:  # noqa: ARG002
-        """The answer to a message."""
+        """Return the answer to a message."""
         return self._answer([{"role": "user", "content": content_of(message)}])
 
     def chat_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:  # noqa: ARG002
-        """The answer to the last turn of a conversation."""
+        """Return the answer to the last turn of a conversation."""
         return self._answer([{"role": turn["role"], "content": content_of(turn["content"])} for turn in message])
 
     def _answer(self, conversation: list[dict[str, Any]]) -> str:
@@ -71,15 +71,15 @@ class CuMo(BaseModel):  # type: ignore[misc]
 
 
 def register(name: str, model_path: str, **options: Any) -> None:
-    """Let VLMEvalKit's `--model NAME` mean this checkpoint.
+    """Make VLMEvalKit's `--model NAME` load this checkpoint.
 
     Args:
-        name: not one that VLMEvalKit has already.
+        name: name that VLMEvalKit does not have yet.
         model_path: see `CuMo`.
         options: see `CuMo`.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: `name` is taken.
     """
     from vlmeval.config import supported_VLM
 
