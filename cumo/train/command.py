@@ -16,7 +16,7 @@ from cumo.train.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `cumo train`."""
+    """Add the arguments of `cumo train`."""
     parser.add_argument("recipe", nargs="?", help="YAML file, or the name of a recipe of the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=1e-5")
     what = parser.add_mutually_exclusive_group()
@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carry out `cumo train`.
+    """Run `cumo train`.
 
     Raises:
-        ValueError: the recipe or its data are not what they should be.
-        OSError: something cannot be read or written.
+        ValueError: the recipe or its data are invalid.
+        OSError: a file cannot be read or written.
     """
     if arguments.list:
         print("\n".join(shipped()))
@@ -67,7 +67,7 @@ def _train(recipe: Recipe) -> None:
 
 
 def _part() -> None:
-    """Leave the other processes together with them: one that just exits may abort while they still talk."""
+    """Wait for all ranks, then destroy the process group; a rank that exits early can abort the others."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
