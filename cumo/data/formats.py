@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of a data file may look like: LLaVA's `conversations` or OpenAI's `messages`, made into one form."""
+"""The rows of data files, LLaVA's `conversations` or OpenAI's `messages`, brought into one form."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Sample(NamedTuple):
     turns: list[dict[str, str]]
     """LLaVA's {"from": "human" or "gpt", "value": text}, question first, in turns."""
     system: str | None
-    """In place of the template's system prompt; None to keep it."""
+    """System prompt instead of the template's; None to keep that."""
     images: list[str]
-    """Where the pictures lie, one for each `<image>` of the turns, in their order."""
+    """References of the pictures, one for each `<image>` of the turns, in their order."""
 
 
 def parse_json(raw: bytes) -> Any:
@@ -143,7 +143,7 @@ def _check_turns(turns: list[dict[str, str]]) -> None:
 
 
 def _reference(value: Any, where: str) -> str | None:
-    """Where a picture lies: a string, or what Hugging Face's datasets make of it."""
+    """The reference of a picture: a string, or what Hugging Face's datasets make of it."""
     if isinstance(value, dict):
         value = value.get("path")
     if value is not None and (not isinstance(value, str) or not value):

@@ -21,10 +21,10 @@ MAX_NEW_TOKENS = 8
 
 
 class Answers(NamedTuple):
-    """Of a model to the questions of the test."""
+    """A model's answers to the questions of the test."""
 
     texts: list[str]
-    """In the order of the questions."""
+    """Answers in the order of the questions."""
     accuracy: float
     """Share that equals the expected answer letter by letter."""
     by_kind: dict[str, float]

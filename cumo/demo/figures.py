@@ -57,7 +57,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _ink(colour: str) -> str:
-    """Of text on a colour: black on light ones, white on dark ones."""
+    """Colour of text on `colour`: black on light ones, white on dark ones."""
     red, green, blue = matplotlib.colors.to_rgb(colour)
     return "#1f2328" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else "white"
 

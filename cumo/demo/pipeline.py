@@ -30,7 +30,7 @@ KNOWN = {SETTINGS, RESULTS, REPORT, DATA, PARTS, ASSEMBLED, ANSWERS, *STAGES, DE
 
 
 class Outcome(NamedTuple):
-    """What came of a stage."""
+    """The result of a stage."""
 
     name: str
     steps: int
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """As results.json has it."""
+        """The result as in results.json."""
         return self._asdict()
 
 
@@ -150,7 +150,7 @@ class Demo:
         plain.rename(folder)
 
     def recipe(self, name: str) -> Recipe:
-        """Of a stage of training, as `cumo train` takes it."""
+        """The recipe of a stage of training, as `cumo train` takes it."""
         settings = self.settings
         stage = "instruct" if name in (DENSE, WITHOUT_AUX) else name
         before = {"pretrain": ASSEMBLED, "prefinetune": "pretrain/final", "instruct": "prefinetune/final"}[stage]
@@ -191,7 +191,7 @@ class Demo:
         return Outcome(name, result.steps, sum(losses) / len(losses), self._answers(name)["accuracy"], result.seconds)
 
     def log(self, name: str) -> list[dict[str, Any]]:
-        """What a stage of training logged, a record for each step."""
+        """Read the log of a stage of training, a record for each step."""
         return [json.loads(line) for line in (self.out / name / "log.jsonl").read_text().splitlines()]
 
     def example(self) -> Path:

@@ -35,7 +35,7 @@ class Digits(NamedTuple):
     """Handwritten digits; no training sees those for tests."""
 
     train: tuple[Array, ...]
-    """Of each of the ten digits its drawings, float32 [n, 8, 8] in 0..1."""
+    """Drawings of each of the ten digits, float32 [n, 8, 8] in 0..1."""
     test: tuple[Array, ...]
 
 
@@ -48,12 +48,12 @@ class Item(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows."""
+    """The contents of a picture."""
 
     ground: str
     """Its colour, a key of `COLOURS`."""
     items: tuple[Item, ...]
-    """In the order of `PLACES`; no two share a digit or a place."""
+    """Digits with their places, in the order of `PLACES`; no two share a digit or a place."""
 
 
 class Question(NamedTuple):
@@ -132,12 +132,12 @@ def random_scene(rng: Generator, most: int) -> Scene:
 
 
 def facts(scene: Scene) -> list[str]:
-    """What a scene shows, in pieces of words."""
+    """Describe a scene in separate phrases."""
     return [f"{scene.ground} ground", *(f"{item.digit} at the {item.place}" for item in scene.items)]
 
 
 def caption(scene: Scene) -> str:
-    """What a scene shows, in words."""
+    """Describe a scene in a sentence."""
     return ", ".join(facts(scene))
 
 
@@ -155,6 +155,6 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def one_of_each_kind(scene: Scene, rng: Generator) -> list[Question]:
-    """Of `questions` one of each kind that there is, in the order of `KINDS`."""
+    """Choose one of `questions` of each kind that there is, in the order of `KINDS`."""
     by_kind = [[one for one in questions(scene) if one.kind == kind] for kind in KINDS]
     return [asked[rng.integers(len(asked))] for asked in by_kind if asked]

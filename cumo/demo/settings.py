@@ -14,7 +14,7 @@ class Settings:
 
     seed: int = 0
     most_digits: int = 2
-    """In a scene."""
+    """Most digits of a scene."""
     training_scenes: int = 8000
     test_scenes: int = 250
     """Each is asked one question of every kind that fits it."""
@@ -48,12 +48,12 @@ class Settings:
     prefinetune_steps: int = 1600
     prefinetune_lr: float = 1.5e-3
     vision_lr: float = 3e-4
-    """Of the encoder, whose features are good already; of all else the stage's."""
+    """Learning rate of the encoder, whose features are good already; all else has the stage's."""
     instruct_steps: int = 500
     instruct_lr: float = 1e-3
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The settings as JSON values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self._fields()}
 
     def _fields(self) -> list[tuple[str, Any]]:

@@ -24,7 +24,7 @@ def device() -> torch.device:
 
 @contextmanager
 def few_threads() -> Iterator[None]:
-    """At most `MOST_THREADS` threads of PyTorch within."""
+    """Limit PyTorch to `MOST_THREADS` threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, MOST_THREADS))
     try:

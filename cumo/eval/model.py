@@ -69,7 +69,7 @@ class PipelineModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the checkpoint's files and the data type; of a model of the hub, its name and revision."""
+        """Hash of the checkpoint's files and the data type; for a model of the hub, of its name and revision."""
         options = {key: str(value) for key, value in self._options.items() if key != "device"}
         if Path(self.name).is_dir():
             return folder_fingerprint(Path(self.name), **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes between a benchmark and a model: questions with pictures, and the interface that answers them."""
+"""Questions with pictures, and the interface of a model that answers them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Model(Protocol):
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """Name of the model in results."""
 
     @property
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ def _parse(line: bytes, source: str) -> dict[str, Any]:
 
 
 def _is_cut_off(line: bytes) -> bool:
-    """Whether this last line, which no newline ends, is the beginning of one."""
+    """Whether the last line, which has no newline, was cut off."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):

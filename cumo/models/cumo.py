@@ -33,7 +33,7 @@ from cumo_kernels import Routing
 
 @dataclass
 class CuMoOutput(ModelOutput):
-    """What `CuMoForConditionalGeneration` returns; parts of the loss are unweighted, None where there are none."""
+    """The output of `CuMoForConditionalGeneration`; parts of the loss are unweighted, None where there are none."""
 
     loss: Tensor | None = None
     """lm_loss + the balance losses and z-losses, weighted as of `CuMoConfig.router_loss_coefs`."""
@@ -48,7 +48,7 @@ class CuMoOutput(ModelOutput):
     image_features: Tensor | None = None
     """[images, patches, LLM width]: what took the place of the placeholders."""
     vision_routings: tuple[Routing, ...] | None = None
-    """As of `CuMoVisionOutput`, with `tiles_per_scale`; None without pictures, as is `connector_routing`."""
+    """See `CuMoVisionOutput`, also for `tiles_per_scale`; None without pictures, as is `connector_routing`."""
     tiles_per_scale: tuple[int, ...] | None = None
     connector_routing: Routing | None = None
     text_routings: tuple[Routing, ...] | None = None
@@ -318,7 +318,7 @@ class CuMoForConditionalGeneration(LoadsBothLayouts, GenerationMixin):
         return embeddings.mean()
 
     def _text_routings(self, outputs: Any, attention_mask: Tensor | None) -> tuple[Routing, ...]:
-        """What the language model's own routers did. All tokens are one segment, without padding in mode "switch"."""
+        """Routings of the language model's routers. All tokens are one segment, without padding in mode "switch"."""
         logits = [layer.flatten(0, -2) for layer in outputs.router_logits or ()]
         if not logits:
             return ()

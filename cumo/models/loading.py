@@ -49,20 +49,20 @@ register_checkpoint_conversion_mapping("CuMoVisionModel", _ENCODER, overwrite=Tr
 
 
 class _Source(NamedTuple):
-    """Where a model is loaded from."""
+    """The source of a model."""
 
     layout: str
     tensors: dict[str, Any] | None
-    """By our names, where transformers cannot read them itself."""
+    """Tensors by our names, where transformers cannot read them itself."""
     folder: Path | None
-    """Where the files lie, if the model is made of `tensors`."""
+    """Folder of the files, if the model is made of `tensors`."""
 
 
 class LoadsBothLayouts(PreTrainedModel):
     """A model whose `from_pretrained` reads the published layout too, and never initialises what is missing."""
 
     _part: ClassVar[str] = ""
-    """What the names of its tensors begin with in the whole model."""
+    """Prefix of its tensors' names in the whole model."""
 
     @classmethod
     def from_pretrained(
@@ -127,13 +127,13 @@ class LoadsBothLayouts(PreTrainedModel):
         return model
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As in transformers; always in the layout of this package."""
+        """Save as in transformers, always in the layout of this package."""
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)
 
 
 def _find(name: str | os.PathLike[str], hub: dict[str, Any], base: Any, part: bool) -> _Source:
-    """What lies in a folder or repository, of which all or a part is wanted; tensors are read as they are used."""
+    """Find a model, or a part of one, in a folder or repository; tensors are read as they are used."""
     with reading(name, "the configuration of a model"):
         raw, _ = CuMoConfig.get_config_dict(name, **hub)
     folder, base = Path(name), None if base is None else Path(base)

@@ -223,7 +223,7 @@ class CuMoProcessor(ProcessorMixin):
         check_extent(picture, size or self.high_resolution_size or edge, bool(pads))
 
     def _replacements(self, prompt: str) -> list[dict[str, Any]]:
-        """Where placeholders stand in a prompt, before and after they are expanded."""
+        """Positions of the placeholders in a prompt, before and after they are expanded."""
         expanded = self.image_token * self.image_seq_length
         found = []
         for index, match in enumerate(re.finditer(re.escape(self.image_token), prompt)):

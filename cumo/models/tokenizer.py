@@ -29,7 +29,7 @@ def _merges(pieces: list[str], scores: list[float], mergeable: list[bool]) -> li
 
 
 def _backend(model: Any) -> Tokenizer:
-    """What a SentencePiece BPE model with byte fallback does."""
+    """Rebuild a SentencePiece BPE model with byte fallback."""
     size = model.get_piece_size()
     pieces = [model.id_to_piece(index) for index in range(size)]
     mergeable = [

@@ -75,7 +75,7 @@ class CuMoVisionBlock(GradientCheckpointingLayer):
 
 
 class CuMoVisionPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the encoder: initialisation, attention, checkpointing."""
+    """Properties of the encoder that transformers asks for: initialisation, attention, checkpointing."""
 
     config: CuMoVisionConfig
     config_class = CuMoVisionConfig
@@ -162,7 +162,7 @@ class CuMoVisionModel(LoadsBothLayouts, CuMoVisionPreTrainedModel):
         self.config.encoder_config._attn_implementation = self.config._attn_implementation
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in every model of transformers: "sdpa", "eager", "flash_attention_2", ..."""
+        """Set the attention as in every model of transformers: "sdpa", "eager", "flash_attention_2", ..."""
         super().set_attn_implementation(*args, **kwargs)
         self._share_attention()
 

@@ -74,7 +74,7 @@ def _read_sequential(mlp: nn.Sequential) -> _DenseMLP:
 
 
 def _names_of(mlp: nn.Module, projections: Mapping[str, str] | None) -> dict[str, str]:
-    """What the MLP calls its projections, by what they are."""
+    """The MLP's own names of its projections, by role."""
     if projections is not None:
         if set(projections) not in _PARTS:
             raise ValueError(

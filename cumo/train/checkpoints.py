@@ -32,7 +32,7 @@ def name_of(step: int) -> str:
 
 
 def aside_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written, below `folder`."""
+    """Folder in which the checkpoint of a step is written, before it is renamed."""
     return folder / f".{name_of(step)}.incomplete"
 
 
@@ -70,7 +70,7 @@ def publish(aside: Path, folder: Path, step: int) -> Path:
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is missing of a checkpoint; None if it is whole."""
+    """Describe what a checkpoint lacks; None if it is whole."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files: dict[str, int] = dict(manifest["files"])

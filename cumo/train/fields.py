@@ -53,7 +53,7 @@ def joined(where: str, key: object) -> str:
 
 
 def hint(key: str, known: Sequence[str]) -> str:
-    """What a mistyped key was meant to be, for the end of a message."""
+    """A suggestion for a mistyped key, to end a message with."""
     close = difflib.get_close_matches(key, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 

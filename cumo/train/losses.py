@@ -37,19 +37,19 @@ PARTS = ("lm_loss", *(f"{module}_{kind}" for module in ROUTED for kind in (BALAN
 
 
 class Counts(NamedTuple):
-    """What the means of a pass, or of a step, are over: int64 scalars on the device."""
+    """Denominators of the means of a pass or a step: int64 scalars on the device."""
 
     trained: Tensor
     """Tokens that are predicted."""
     images: Tensor
     positions: Tensor
-    """Of the language model, padding included."""
+    """Positions of the language model, padding included."""
     tokens: Tensor
     """Positions that are no padding."""
 
 
 def count(batch: Mapping[str, Any]) -> Counts:
-    """Of one pass: a batch of the `Collator`."""
+    """Count one pass, which is a batch of the `Collator`."""
     labels: Tensor = batch["labels"]
     pixels = batch.get("pixel_values")
     mask = batch.get("attention_mask")
@@ -63,7 +63,7 @@ def count(batch: Mapping[str, Any]) -> Counts:
 
 
 def count_step(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Counts:
-    """Of all passes of all processes; each process has to call it."""
+    """Count all passes of all processes; every process has to call it."""
     total = torch.stack([torch.stack(count(batch)) for batch in batches]).sum(dim=0).to(device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)

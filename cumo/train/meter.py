@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happened since the last line of the log: losses, loads of experts, tokens; sums on the device, read once."""
+"""Losses, expert loads and tokens since the last line of the log: sums on the device, read once."""
 
 from __future__ import annotations
 

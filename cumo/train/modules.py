@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trains: the parameters of a model by part, frozen or with a learning rate."""
+"""The parameters of a model by part, frozen or with a learning rate."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def part_of(name: str) -> str:
 
 
 def setting_of(name: str, train: Train) -> bool | float:
-    """Whether, or with what learning rate, a parameter trains."""
+    """Whether a parameter trains, or its learning rate."""
     value: bool | float | None = getattr(train, part_of(name))
     if value is None:
         value = getattr(train, home_of(name))

@@ -64,7 +64,7 @@ class Parts:
     high_resolution: bool = False
     keep_unused_layers: bool = False
     seed: int = 0
-    """Of the connector's weights."""
+    """Seed of the connector's weights."""
 
     def __post_init__(self) -> None:
         check_one_of("connector_type", self.connector_type, CONNECTORS)
@@ -97,12 +97,12 @@ class Packing:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What to train on; see `cumo.data.ConversationDataset`."""
+    """The training data; see `cumo.data.ConversationDataset`."""
 
     path: str
     """A .json, .jsonl or, for a mixture, .yaml file."""
     image_folder: str | None = None
-    """Of a .json or .jsonl file: to which the paths of pictures are relative; by default that of the file."""
+    """Folder that the paths of pictures are relative to, for a .json or .jsonl file; by default the file's own."""
     template: str = _MISTRAL
     max_length: int = 4096
     image_aspect: str = _PAD
@@ -252,7 +252,7 @@ class Recipe:
     checkpoint: Checkpoints = field(default_factory=Checkpoints)
     epochs: float = 1.0
     steps: int | None = None
-    """In place of `epochs`."""
+    """Number of optimizer steps, instead of `epochs`."""
     precision: str = "bf16"
     gradient_checkpointing: bool = True
     lora: Lora | None = None
@@ -263,7 +263,7 @@ class Recipe:
     report_to: str | list[str] = "none"
     attention: str = "sdpa"
     model_base: str | None = None
-    """What a published adapter or first stage builds on."""
+    """Folder of the model that a published adapter or first stage builds on."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Further `transformers.TrainingArguments`."""
 

@@ -60,15 +60,15 @@ _FREE = (
 
 
 class StageResult(NamedTuple):
-    """What came of a stage."""
+    """The result of a stage."""
 
     folder: Path
-    """Where the trained model and its processor lie."""
+    """Folder of the trained model and its processor."""
     steps: int
     loss: float
     """Mean of the log's losses in the last tenth of the steps."""
     seconds: float
-    """In training, over all runs that it took."""
+    """Seconds of training, over all runs."""
 
 
 def run_stage(recipe: Recipe) -> StageResult:
@@ -182,7 +182,7 @@ def _processor(recipe: Recipe, start: Path) -> Any:
 
 
 def load_dataset(recipe: Recipe, processor: Any) -> ConversationDataset | PackedDataset:
-    """What to train on."""
+    """Open the training data of a recipe."""
     data = recipe.data
     shown = processes() == 1 or not distributed.is_initialized() or distributed.get_rank() == 0
     dataset = ConversationDataset(
@@ -299,7 +299,7 @@ def _cut_log(log: Path, step: int) -> float:
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    """What a log says; the last line may be cut off where a process was killed."""
+    """Read a log; the last line may be cut off where a process was killed."""
     lines = []
     for text in log.read_bytes().splitlines():
         try:

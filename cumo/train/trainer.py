@@ -71,7 +71,7 @@ class CuMoTrainer(Trainer):
         self._run_dir: Path | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """With FSDP2 as of `cumo.train.sharding`."""
+        """Create the accelerator, with the FSDP2 settings of `cumo.train.sharding`."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp_plugin_args is not None:
             shard(self.accelerator, self.args.fsdp_plugin_args, DTYPES[self.recipe.precision])
@@ -141,7 +141,7 @@ class CuMoTrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """With a learning rate for each part; see `cumo.train.modules.groups_of`."""
+        """Create the optimizer with a learning rate for each part; see `cumo.train.modules.groups_of`."""
         if self.optimizer is None:
             model = self.model if model is None else model
             options = self.recipe.optimizer
@@ -194,7 +194,7 @@ class CuMoTrainer(Trainer):
         }
 
     def seconds(self) -> float:
-        """In training, those of earlier runs included."""
+        """Seconds of training, earlier runs included."""
         return self.seconds_before + time.perf_counter() - self.began
 
     # ---- checkpoints ----
@@ -234,7 +234,7 @@ class CuMoTrainer(Trainer):
         _wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """With adapters, only what trains."""
+        """Save the model; with adapters, only what trains."""
         if self.recipe.lora is None:
             super()._save(output_dir, state_dict)
         elif self.args.should_save and output_dir is not None:
@@ -248,7 +248,7 @@ class CuMoTrainer(Trainer):
             adapters.load(Path(resume_from_checkpoint), self.plain_model())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """To the CPU first: before 5.23 Trainer maps them to "cpu:0", of which PyTorch knows nothing."""
+        """Load to the CPU first: before 5.23 Trainer maps to "cpu:0", which PyTorch does not know."""
         if checkpoint is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def normalize(text: str) -> str:
-    """What is compared: lower case, without periods at the end."""
+    """Lower case, without periods at the end, for comparison."""
     return text.rstrip(".").lower()
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 
 FAILED = (-1.0, -1.0)
-"""What the published evaluation takes for the scores where it cannot read them."""
+"""Scores that the published evaluation assumes where it cannot read them."""
 
 _SEPARATORS = re.compile(r"[\s,/]+")
 

@@ -18,7 +18,7 @@ _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 
 @dataclass(frozen=True)
 class Problem:
-    """What an answer is compared with."""
+    """The reference that an answer is compared with."""
 
     question_type: str
     """`multi_choice` or `free_form`."""

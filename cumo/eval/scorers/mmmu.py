@@ -35,7 +35,7 @@ DOMAINS = {
 }
 SUBJECTS = tuple(sorted(subject for subjects in DOMAINS.values() for subject in subjects))
 PUBLISHED_SEED = 42
-"""Of the one generator that all random choices of the published evaluation come from."""
+"""Seed of the generator behind all random choices of the published evaluation."""
 
 _STRIPPED = ",.!?;:'"
 _MIN_WORDS_FOR_TEXT = 6
@@ -84,7 +84,7 @@ def _normalize(text: str) -> list[str | float]:
 
 
 def _key_responses(response: str) -> list[str]:
-    """From each line the shortest text that follows an indicator of an answer; the response if there is none."""
+    """Return from each line the shortest text after an indicator of an answer; the response if there is none."""
     response = response.strip().strip(".").lower()
     # Published is a split at sentences too, which needs capitals, and the text has just lost them.
     lines = response.split("\n")
@@ -103,7 +103,7 @@ def _key_responses(response: str) -> list[str]:
 
 
 def parse_open(response: str) -> set[str | float]:
-    """What a response to an open question may mean: texts that stand where an answer stands, and numbers in them."""
+    """Return possible answers in a response to an open question: texts where an answer stands, and their numbers."""
     texts = _key_responses(response)
     numbers = [number for text in texts for pattern in _NUMBERS for number in pattern.findall(text)]
     return {value for text in texts + numbers for value in _normalize(text)}

@@ -32,7 +32,7 @@ PUBLISHED_TASKS: tuple[type[Task], ...] = (
     Mmmu,
     MathVista,
 )
-"""Those that the published code evaluates, in the order of the paper's table."""
+"""Benchmarks of the published code, in the order of the paper's table."""
 
 _OTHERS: tuple[type[Task], ...] = (VqaV2Validation,)
 TASKS: dict[str, type[Task]] = {task.name: task for task in PUBLISHED_TASKS + _OTHERS}

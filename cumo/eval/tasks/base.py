@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark offers: its questions, and the score of their answers."""
+"""The interface of a benchmark: its questions, and the score of their answers."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    """Of the command line."""
+    """Name on the command line."""
     title: ClassVar[str]
-    """Of the paper's table."""
+    """Name in the paper's table."""
     folder: ClassVar[str]
-    """Where the published scripts keep the files, below `data/eval`."""
+    """Folder of the published scripts, below `data/eval`."""
     max_new_tokens: ClassVar[int]
     judge_settings: ClassVar[JudgeSettings | None] = None
     """How a judge is asked, if one takes part."""

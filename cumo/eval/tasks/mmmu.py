@@ -30,7 +30,7 @@ _PLACE = re.compile(r"<image (\d+)>")
 class _Reference:
     subject: str
     options: dict[str, str]
-    """By letter; empty for an open question."""
+    """Options by letter; empty for an open question."""
     answers: tuple[str, ...]
 
 
@@ -135,7 +135,7 @@ def _options(row: Row) -> dict[str, str]:
 
 
 def _answers(text: str) -> tuple[str, ...]:
-    """Of an open question: several may be spelt as a list."""
+    """Parse the answers to an open question, several of which may be spelt as a list."""
     try:
         return tuple(_literal_list(text, ""))
     except ValueError:  # one answer
