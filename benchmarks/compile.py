@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fault in faults(options.arch, source, fact)
     ]
     print(f"{options.arch}: {len(distinct)} kernels of {len(GPU)} workloads compiled")
-    print("\n".join(wrong) or "no spills; tensor cores and TMA wherever they are due")
+    print("\n".join(wrong) or "no faults; tensor cores and TMA wherever they are due")
     return int(bool(wrong))
 
 

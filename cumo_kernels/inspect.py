@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
             traded += bool(facts.spill_bytes) and not any("spilled" in fault for fault in wrong)
             print(_row(source, facts) + (f"  <-- {', '.join(wrong)}" if wrong else ""), flush=True)
             failed |= bool(wrong)
-    print("faults found" if failed else "no spills; tensor cores and TMA wherever they are due")
+    print("faults found" if failed else "no faults; tensor cores and TMA wherever they are due")
     print(f"by design: {exact} kernels multiply float32 on CUDA cores, as tensor cores would round it")
     if traded:
         print(f"by ptxas: {traded} kernels spill up to {TRADED_BYTES} bytes to fit another block on a multiprocessor")
