@@ -34,6 +34,7 @@ from tests.poison import poisoned, untouched
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SEEDS = st.integers(0, 2**32 - 1)
 TOKENS = st.sampled_from([0, 1, 2, 3]) | st.integers(0, 16) | st.integers(0, 40)
+POSITIVE_WIDTHS = st.sampled_from([1, 16, 32]) | st.integers(1, 40)
 WIDTHS = st.sampled_from([0, 1, 16, 32]) | st.integers(1, 40)
 ACTIVATIONS = st.sampled_from(list(ck.ACTIVATIONS))
 AUTOCAST = st.sampled_from([None, None, torch.bfloat16, torch.float16])

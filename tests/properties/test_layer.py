@@ -59,9 +59,9 @@ def layers(draw, dtype):
     """A layer without values; what rounds in it."""
     E = draw(st.integers(1, 6))
     return MoEMLP(
-        draw(some.WIDTHS),
-        draw(some.WIDTHS),
-        draw(st.none() | some.WIDTHS),
+        draw(some.POSITIVE_WIDTHS),
+        draw(some.POSITIVE_WIDTHS),
+        draw(st.none() | some.POSITIVE_WIDTHS),
         num_experts=E,
         top_k=draw(st.integers(1, E)),
         activation=draw(some.ACTIVATIONS),

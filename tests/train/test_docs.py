@@ -37,12 +37,13 @@ def test_every_key_within_is_named(name):
 
 
 def test_overrides_of_the_examples_are_keys():
-    recipe = load_recipe("mistral-7b/finetune-lora").to_dict()
-    for path in re.findall(r"^(?:cumo|torchrun).*$", TEXT, re.M):
-        for key in re.findall(r" ([a-z_.]+)=", path):
+    for command in re.findall(r"^ *(?:cumo|torchrun).* train .*$", TEXT, re.M):
+        named = re.search(r"(?:mistral-7b|mixtral-8x7b)/[a-z-]+", command)
+        recipe = load_recipe(named[0] if named and named[0] in shipped() else "mistral-7b/finetune-lora").to_dict()
+        for key in re.findall(r" ([a-z_.]+)=", command):
             value = recipe
             for step in key.split("."):
-                assert step in value, (key, path)
+                assert step in value, (key, command)
                 value = value[step]
 
 
