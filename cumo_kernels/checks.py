@@ -87,6 +87,8 @@ def as_count(value: object) -> int | None:
         # the index of a tensor is data, and to torch.compile that of a NumPy integer too
         if isinstance(value, Tensor) or torch.compiler.is_compiling():
             return None
+        if str(getattr(value, "dtype", "")) == "bool":  # NumPy before 2.3 gives its booleans an index
+            return None
         try:
             value = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
