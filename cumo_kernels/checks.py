@@ -96,12 +96,17 @@ def as_count(value: object) -> int | None:
     return value if not isinstance(value, bool) and value >= 1 else None  # type: ignore[return-value]
 
 
+def check_count(name: str, value: object) -> int:
+    """The argument `name` as an int, at least 1."""
+    count = as_count(value)
+    if count is None:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return count
+
+
 def check_num_experts(num_experts: int) -> int:
     """`num_experts` as an int, at least 1."""
-    count = as_count(num_experts)
-    if count is None:
-        raise ValueError(f"num_experts: expected a positive integer, got {num_experts!r}")
-    return count
+    return check_count("num_experts", num_experts)
 
 
 def check_top_k(top_k: int, num_experts: int) -> int:

@@ -6,15 +6,13 @@ Letters: T tokens, K experts per token, E experts, D input width, F hidden width
 
 from __future__ import annotations
 
-import operator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cumo_kernels as ck
 from cumo_kernels.backend import autocast_dtype, without_autocast
-from cumo_kernels.checks import check_one_of, check_top_k
+from cumo_kernels.checks import check_count, check_one_of, check_top_k
 from cumo_kernels.ops.linear_topk_gating import MAX_EXPERTS as MAX_FUSED_EXPERTS
 from cumo_kernels.ops.topk_gating import PROBS_DTYPES
 
@@ -117,7 +115,7 @@ class MoEMLP(nn.Module):
         super().__init__()
         d_out = d_in if d_out is None else d_out
         d_in, d_hidden, d_out, num_experts = (
-            _check_size(name, size)
+            check_count(name, size)
             for name, size in dict(d_in=d_in, d_hidden=d_hidden, d_out=d_out, num_experts=num_experts).items()
         )
         top_k = check_top_k(top_k, num_experts)
@@ -220,13 +218,6 @@ class MoEMLP(nn.Module):
                 f"bias={biases if len(biases) == 1 else bool(biases)}",
             ]
         )
-
-
-def _check_size(name: str, size: int) -> int:
-    """The size as an int, if it is a positive integer of whatever type."""
-    if isinstance(size, bool) or not hasattr(size, "__index__") or operator.index(size) < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {size!r}")
-    return operator.index(size)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
