@@ -56,6 +56,7 @@ def _check(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe) -> None:
+    from cumo.train.sharding import leave_processes
     from cumo.train.stage import run_stage
 
     first = os.environ.get("RANK", "0") == "0"
@@ -63,13 +64,4 @@ def _train(recipe: Recipe) -> None:
     result = run_stage(recipe)
     if first:
         print(f"{result.folder}: {result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}")
-    _part()
-
-
-def _part() -> None:
-    """Wait for all ranks, then destroy the process group; a rank that exits early can abort the others."""
-    from torch import distributed
-
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+    leave_processes()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 as accelerate applies it: on CPUs too, and with gradients that are added up in float32."""
+"""FSDP2 as accelerate applies it: on CPUs too, with gradients added up in float32, and left without its threads."""
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cumo.train.modules import clean
@@ -42,3 +44,20 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors: dict[str, Any] = get_model_state_dict(model, options=options)
     return {clean(name): tensor for name, tensor in tensors.items()}
+
+
+def leave_processes() -> None:
+    """Wait for all ranks, then destroy the process groups and end their threads; alone, do nothing.
+
+    A rank that exits early can abort the others. One whose threads outlive the interpreter can abort itself: a thread
+    of Gloo that then drops a tensor ends the process, https://github.com/pytorch/pytorch/issues/38228. Destroyed groups
+    live on in sharded models, and in device meshes, which DTensor caches for good.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    distributed.barrier()
+    distributed.destroy_process_group()
+    gc.collect()
+    for mesh in gc.get_objects():
+        if type(mesh) is DeviceMesh:  # isinstance would ask objects of all kinds for their class
+            getattr(mesh, "_pg_registry", {}).clear()
