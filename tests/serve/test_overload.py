@@ -205,7 +205,7 @@ def test_a_body_that_does_not_come(pipeline):
 
 def test_headers_that_do_not_come(pipeline):
     """Connections that are opened and say nothing, or half of a header, give their places back, again and again."""
-    limits = Limits(header_seconds=0.5)
+    limits = Limits(header_seconds=2.0)
     with serving(pipeline, limits) as server:
         for _ in range(2):
             silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4 * limits.slots + 70)]
@@ -219,7 +219,7 @@ def test_headers_that_do_not_come(pipeline):
 
 
 def test_headers_that_stop_in_the_second_request(pipeline):
-    with serving(pipeline, Limits(header_seconds=0.5)) as server:
+    with serving(pipeline, Limits(header_seconds=2.0)) as server:
         connection = socket.create_connection(("127.0.0.1", server.port))
         connection.settimeout(30)
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -231,11 +231,11 @@ def test_headers_that_stop_in_the_second_request(pipeline):
 
 
 def test_a_long_answer_outlives_the_time_for_headers(pipeline):
-    limits = dataclasses.replace(PATIENT, header_seconds=0.1)
+    limits = dataclasses.replace(PATIENT, header_seconds=1.0)
     with serving(pipeline, limits) as server, server.client() as client:
         with client.chat.completions.create(messages=[user("Hello")], stream=True, **LONG) as stream:
             next(stream)
-            time.sleep(0.5)
+            time.sleep(2.0)
             next(stream)
             assert server.metric("cumo_answers_running") == 1
         until(server.is_idle)
