@@ -22,6 +22,15 @@ ASSISTANTS = ("gpt", "assistant")
 _SYSTEM = "{system}"
 _BOS, _EOS = "<s>", "</s>"
 _TOKENS = re.compile(f"{_BOS}|{_EOS}")
+# How ChatML, Llama 3 and many after them write control tokens
+_MARKER = re.compile(r"<\|[^<>|]+\|>")
+_OPENINGS = ("opening", "opening_without_system")
+
+
+def _first_marker(text: str) -> str:
+    """Return the control token that a text begins with, or ""."""
+    match = _MARKER.match(text)
+    return match[0] if match else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +38,15 @@ class Template:
     """What stands around the turns of a conversation.
 
     The system prompt, if any, replaces `{system}` in `opening`. With `only_images` the words of the user are left out.
-    `<s>` and `</s>` stand for BOS and EOS; see `with_tokens`.
+    `<s>` and `</s>` stand for BOS and EOS; see `with_tokens`. Text like `<|im_start|>` is a control token, which the
+    tokenizer must have. The tokenizer's BOS, if any, comes before the opening; one that is the control token with which
+    the opening begins (SmolLM's `<|im_start|>`) comes once.
+
+    Raises:
+        ValueError: a system prompt has no place in `opening` or one elsewhere, or a field contains `<image>`.
     """
 
-    name: str
+    name: str = "custom"
     system: str = ""
     opening: str
     """Before the first user's text, with a system prompt."""
@@ -45,34 +59,60 @@ class Template:
     after_answer: str
     only_images: bool = False
 
+    def __post_init__(self) -> None:
+        if self.system and _SYSTEM not in self.opening:
+            raise ValueError(f"opening: expected {_SYSTEM}, the place of the system prompt, got {self.opening!r}")
+        for name, text in self._texts().items():
+            if name != "opening" and _SYSTEM in text:
+                raise ValueError(f"{name}: expected no {_SYSTEM}, whose place is in opening, got {text!r}")
+            if IMAGE_TOKEN in text:
+                raise ValueError(f"{name}: expected no {IMAGE_TOKEN}, which a user's turn has, got {text!r}")
+
+    def _texts(self) -> dict[str, str]:
+        """Return the texts that stand around turns, by the names of their fields."""
+        names = (*_OPENINGS, "before_user", "after_user", "before_answer", "after_answer")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def markers(self) -> set[str]:
+        """Control tokens such as `<|im_start|>` in the template."""
+        return {marker for text in self._texts().values() for marker in _MARKER.findall(text)}
+
     def with_tokens(self, tokenizer: Any) -> Template:
-        """With the BOS and EOS of a tokenizer; a BOS is left out where it has none, as Qwen's.
+        """Return the template with the BOS and EOS of a tokenizer. A BOS is left out where it has none, as Qwen's.
 
         Raises:
-            ValueError: `tokenizer` has no EOS, with which every answer ends.
+            ValueError: `tokenizer` has no EOS, with which every answer ends, or not all `markers` as special tokens.
         """
         if tokenizer.eos_token is None:
             raise ValueError("tokenizer: expected one with an EOS token, with which answers end, got none")
-        tokens: dict[str, str] = {_BOS: tokenizer.bos_token or "", _EOS: tokenizer.eos_token}
-
-        def exchanged(text: str) -> str:
-            return _TOKENS.sub(lambda match: tokens[match[0]], text)
-
-        return dataclasses.replace(
-            self,
-            opening=exchanged(self.opening),
-            opening_without_system=exchanged(self.opening_without_system),
-            before_user=exchanged(self.before_user),
-            after_user=exchanged(self.after_user),
-            before_answer=exchanged(self.before_answer),
-            after_answer=exchanged(self.after_answer),
-        )
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if absent := sorted(self.markers - special):
+            raise ValueError(
+                f"tokenizer: expected the markers of template {self.name!r} as special tokens, got one without {absent}"
+            )
+        bos = tokenizer.bos_token or ""
+        tokens: dict[str, str] = {_BOS: bos, _EOS: tokenizer.eos_token}
+        texts = self._texts()
+        for name in _OPENINGS:
+            if _first_marker(texts[name]) == bos:
+                texts[name] = texts[name].removeprefix(bos)
+        changes: dict[str, Any] = {
+            name: _TOKENS.sub(lambda match: tokens[match[0]], text) for name, text in texts.items()
+        }
+        return dataclasses.replace(self, **changes)
 
 
 _ASSISTANT = (
     "A chat between a curious {who} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
+
+
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
 TEMPLATES = {
     template.name: template
     for template in (
@@ -105,6 +145,25 @@ TEMPLATES = {
             before_user="USER: ",
             after_user=" ASSISTANT:",
             before_answer=" ",
+            after_answer="</s>",
+        ),
+        Template(
+            name="chatml",  # Qwen, SmolLM and others, whose EOS is <|im_end|>
+            system="You are a helpful assistant.",
+            opening="<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n",
+            opening_without_system="<|im_start|>user\n",
+            before_user="\n<|im_start|>user\n",
+            after_user="<|im_end|>\n<|im_start|>assistant\n",
+            before_answer="",
+            after_answer="</s>",
+        ),
+        Template(
+            name="llama_3",
+            opening=f"{_header('system')}{{system}}<|eot_id|>{_header('user')}",
+            opening_without_system=_header("user"),
+            before_user=_header("user"),
+            after_user=f"<|eot_id|>{_header('assistant')}",
+            before_answer="",
             after_answer="</s>",
         ),
     )
@@ -146,6 +205,13 @@ def _expression(text: str) -> str:
     return " + ".join(names.get(piece) or json.dumps(piece) for piece in pieces if piece) or "''"
 
 
+def _opening(text: str) -> str:
+    """Return an opening as Jinja, behind a BOS; see `Template`."""
+    marker = _first_marker(text)
+    rest = _expression(text.removeprefix(marker))
+    return f"('' if bos == {json.dumps(marker)} else {json.dumps(marker)}) + {rest}" if marker else rest
+
+
 def chat_template(template: Template | str) -> str:
     """A template as Jinja for `apply_chat_template`, which lets no tokenizer add a BOS: it stands here.
 
@@ -158,6 +224,8 @@ def chat_template(template: Template | str) -> str:
     template = get_template(template)
     if template.only_images:
         raise ValueError(f"template: expected one with the words of the user, got {template.name!r}")
+    refused = f"messages: expected no system prompt for template {template.name!r}"
+    without_place = "" if _SYSTEM in template.opening else f"{{{{- raise_exception({json.dumps(refused)}) -}}}}"
     return (
         _RENDER + "{%- set bos = bos_token or '' -%}"
         "{%- if messages and messages[0]['role'] == 'system' -%}"
@@ -165,6 +233,8 @@ def chat_template(template: Template | str) -> str:
         "{%- else -%}"
         f"{{%- set system = {json.dumps(template.system)} -%}}{{%- set turns = messages -%}}"
         "{%- endif -%}"
+        f"{{%- if system -%}}{without_place}{{%- set opening = {_opening(template.opening)} -%}}"
+        f"{{%- else -%}}{{%- set opening = {_opening(template.opening_without_system)} -%}}{{%- endif -%}}"
         "{{- bos -}}"
         "{%- for message in turns -%}"
         "{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}"
@@ -172,8 +242,7 @@ def chat_template(template: Template | str) -> str:
         " + ' as message ' + loop.index | string) -}}"
         "{%- elif message['role'] == 'user' -%}"
         f"{{%- if not loop.first -%}}{{{{- {_expression(template.before_user)} -}}}}"
-        f"{{%- elif system -%}}{{{{- {_expression(template.opening)} -}}}}"
-        f"{{%- else -%}}{{{{- {_expression(template.opening_without_system)} -}}}}{{%- endif -%}}"
+        "{%- else -%}{{- opening -}}{%- endif -%}"
         f"{{{{- render(message['content']) + {_expression(template.after_user)} -}}}}"
         f"{{%- else -%}}{{{{- {_expression(template.before_answer)} + render(message['content'])"
         f" + {_expression(template.after_answer)} -}}}}"
@@ -181,9 +250,9 @@ def chat_template(template: Template | str) -> str:
     )
 
 
-def chat_templates() -> dict[str, str]:
-    """The chat templates by name, of all templates with the words of the user."""
-    return {name: chat_template(template) for name, template in TEMPLATES.items() if not template.only_images}
+def is_chat_template(text: Any) -> bool:
+    """Whether a processor's chat template is one that `chat_template` made."""
+    return isinstance(text, str) and text.startswith(_RENDER)
 
 
 CHAT_TEMPLATE = chat_template("mistral_instruct_system")

@@ -19,7 +19,7 @@ from cumo.checkpoints.upcycle import Upcycling
 from cumo.config import AUX_LOSSES, CONNECTORS
 from cumo.data.dataset import IMAGE_ASPECTS, ON_BAD_SAMPLE
 from cumo.data.yaml_text import shown
-from cumo.models.prompts import get_template
+from cumo.models.prompts import Template, get_template
 from cumo.train.fields import build, joined, merged
 from cumo_kernels.checks import check_one_of
 
@@ -103,7 +103,7 @@ class Data:
     """A .json, .jsonl or, for a mixture, .yaml file."""
     image_folder: str | None = None
     """Folder that the paths of pictures are relative to, for a .json or .jsonl file; by default the file's own."""
-    template: str = _MISTRAL
+    template: str | Template = _MISTRAL
     max_length: int = 4096
     image_aspect: str = _PAD
     on_bad_sample: str = "stop"

@@ -38,7 +38,7 @@ from cumo.data import (
 from cumo.data.yaml_text import parse_yaml, shown
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
-from cumo.models.prompts import chat_templates
+from cumo.models.prompts import chat_template, get_template, is_chat_template
 from cumo.models.quantization import check_quantizable
 from cumo.train import adapters, checkpoints
 from cumo.train.arguments import processes, training_arguments
@@ -175,9 +175,9 @@ def sources_of(recipe: Recipe) -> list[DataSource]:
 def _processor(recipe: Recipe, start: Path) -> Any:
     """The model's, with the chat template of what it is trained on in place of another of ours."""
     processor = CuMoProcessor.from_pretrained(start)
-    ours = chat_templates()
-    if recipe.data.template in ours and processor.chat_template in ours.values():
-        processor.chat_template = ours[recipe.data.template]
+    template = get_template(recipe.data.template)
+    if not template.only_images and is_chat_template(processor.chat_template):
+        processor.chat_template = chat_template(template)
     return processor
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from cumo.models.processor import CuMoProcessor, clip_image_processor
 from cumo.models.tokenizer import IMAGE_TOKEN
 
 
-def byte_tokenizer(bos: str | None = "<s>", eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """Each byte is a token, so that lengths can be counted by hand; there may be no BOS."""
+def byte_tokenizer(bos: str | None = "<s>", eos: str = "</s>", control: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Each byte is a token, so that lengths can be counted by hand; there may be no BOS, and further control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<unk>", *filter(None, (bos, eos))]
     vocabulary = {piece: index for index, piece in enumerate([*special, *alphabet])}
@@ -29,7 +30,7 @@ def byte_tokenizer(bos: str | None = "<s>", eos: str = "</s>") -> PreTrainedToke
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
     names = {"bos_token": bos, "eos_token": eos, "unk_token": "<unk>", "pad_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in names.items() if v})
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, *control]})
     return tokenizer
 
 

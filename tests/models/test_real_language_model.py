@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cumo.config import CuMoConfig
 from cumo.models.cumo import CuMoForConditionalGeneration
+from cumo.models.prompts import chat_template
 
 
 @pytest.mark.slow
@@ -31,6 +32,9 @@ def test_text_only_continuations_are_the_same(tmp_path):
     model = CuMoForConditionalGeneration.from_pretrained(tmp_path).eval()
     messages = [{"role": "user", "content": "Tell me a short story about a robot."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = [{"role": "system", "content": "Be brief."}, *messages]
+    ours = tokenizer.apply_chat_template(said, chat_template=chat_template("chatml"), tokenize=False)
+    assert ours == tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
     expected, found = alone.generate(**prompt, **options), model.generate(**prompt, **options)
     assert "robot" in tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :])

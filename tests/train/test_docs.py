@@ -7,7 +7,9 @@ import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cumo.models.prompts import TEMPLATES
 from cumo.train import Recipe, load_recipe, shipped
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -24,6 +26,18 @@ def inner(kind):
 def test_every_key_has_a_row():
     named = {name for row in ROWS for name in re.findall(r"`([a-z_.]+)`", row)}
     assert named == {field.name for field in dataclasses.fields(Recipe)} | {"data.packing"}
+
+
+def test_prompt_templates():
+    """All of the package are named, and the one spelled out is a template that a recipe may have."""
+    section = TEXT.partition("### Prompt templates")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.M) == list(TEMPLATES)
+    (block,) = re.findall(r"```yaml\n(.*?)```", section, re.S)
+    own = yaml.safe_load(block)["data"]["template"]
+    recipe = Recipe.from_dict(
+        {"stage": "finetune", "model": "m", "output_dir": "o", "data": {"path": "p", "template": own}}
+    )
+    assert dataclasses.replace(recipe.data.template, name="chatml") == TEMPLATES["chatml"]
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])

@@ -9,25 +9,37 @@ from safetensors.torch import load_file
 
 from cumo import CuMoForConditionalGeneration
 from cumo.inference import CuMoPipeline, GenerationOptions
-from cumo.models.prompts import chat_template
+from cumo.models.prompts import Template, chat_template
 from cumo.train import Recipe, run_stage
 from tests.data.samples import Files, llava
 from tests.numerics import relative_error
 from tests.train.tiny import read_log, recipe_of, train_in_processes, write_data, write_parts, write_recipe
 
+OWN = {  # of a recipe, in YAML
+    "opening": "Question: ",
+    "opening_without_system": "Question: ",
+    "before_user": "Question: ",
+    "after_user": "\nAnswer:",
+    "before_answer": " ",
+    "after_answer": "</s>\n",
+}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["llava_v1", "mistral_instruct_system"])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [("qwen2", "llava_v1"), ("qwen3", "mistral_instruct_system"), ("qwen2", "chatml"), ("qwen3", OWN)],
+    ids=["llava_v1", "mistral", "chatml", "own"],
+)
 def test_it_learns_to_answer(tmp_path, kind, template):
-    parts = write_parts(tmp_path / "parts", kind, bos=None, eos="<|im_end|>")
+    parts = write_parts(tmp_path / "parts", kind, bos=None, eos="<|im_end|>", control=["<|im_start|>"])
     files = Files(tmp_path)
     picture = files.picture("a.png", seed=1)
     data = files.json([llava("q", "yes", images=[picture])] * 4).path
     recipe = recipe_of(tmp_path / "run", parts, data, data={"template": template}, optimizer={"lr": 1e-2})
     stage = run_stage(Recipe.from_dict({**recipe, "steps": 80}))
     pipeline = CuMoPipeline.from_pretrained(stage.folder, device="cpu")
-    assert pipeline.processor.chat_template == chat_template(template)
+    assert pipeline.processor.chat_template == chat_template(Template(**template) if template is OWN else template)
     question = [{"type": "image", "image": str(tmp_path / picture)}, {"type": "text", "text": "q"}]
     (completion,) = pipeline.generate(
         [[{"role": "user", "content": question}]], GenerationOptions(max_new_tokens=20, temperature=0.0)

@@ -15,6 +15,11 @@ SMALL = {
     "output_dir": "runs/test",
 }
 
+OWN_TEMPLATE = (
+    "data.template={opening: '', opening_without_system: '', before_user: '', after_user: '', before_answer: '', "
+    "after_answer: </s>}"
+)
+
 
 @pytest.mark.parametrize("name", shipped())
 def test_recipes_of_the_package(name):
@@ -22,6 +27,14 @@ def test_recipes_of_the_package(name):
     assert recipe.output_dir == f"runs/{name}"
     assert recipe.stage == name.split("/")[1].removesuffix("-lora")
     assert Recipe.from_dict(yaml.safe_load(dump(recipe))) == recipe
+
+
+def test_a_template_of_a_recipe():
+    recipe = load_recipe("mistral-7b/finetune", [OWN_TEMPLATE])
+    assert recipe.data.template.after_answer == "</s>"
+    assert Recipe.from_dict(yaml.safe_load(dump(recipe))) == recipe
+    named = load_recipe("mistral-7b/finetune")
+    assert list(differences(named.to_dict(), recipe.to_dict())) == ["data.template"]
 
 
 def test_the_paper():
@@ -78,6 +91,12 @@ def test_overrides(tmp_path):
         ("stage=final", "stage: expected one of .*, got 'final'"),
         ("precision=int8", "precision: expected one of"),
         ("data.template=vicuna", "data.template: expected one of"),
+        ("data.template=1", "data.template: expected a string or keys and values, got 1"),
+        ("data.template={opening: q}", "data.template.opening_without_system: expected a value, got none"),
+        (
+            OWN_TEMPLATE.replace("after_user: ''", "after_user: '{system}'"),
+            "data.template.after_user: expected no {s",
+        ),
         ("data.image_aspect=anyres", "data.image_aspect: expected one of"),
         ("data.on_bad_sample=ignore", "data.on_bad_sample: expected one of"),
         ("data.path=null", "data.path: expected a string, got None"),
