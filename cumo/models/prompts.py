@@ -198,18 +198,23 @@ _RENDER = (
 )
 
 
+def _literal(text: str) -> str:
+    """Return a text as a string of Jinja, which reads no pairs of surrogates, as JSON writes for what is not ASCII."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _expression(text: str) -> str:
     """A text as Jinja, in which control tokens are those of the tokenizer."""
     names = {_BOS: "bos", _EOS: "eos_token", _SYSTEM: "system"}
     pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
-    return " + ".join(names.get(piece) or json.dumps(piece) for piece in pieces if piece) or "''"
+    return " + ".join(names.get(piece) or _literal(piece) for piece in pieces if piece) or "''"
 
 
 def _opening(text: str) -> str:
     """Return an opening as Jinja, behind a BOS; see `Template`."""
     marker = _first_marker(text)
     rest = _expression(text.removeprefix(marker))
-    return f"('' if bos == {json.dumps(marker)} else {json.dumps(marker)}) + {rest}" if marker else rest
+    return f"('' if bos == {_literal(marker)} else {_literal(marker)}) + {rest}" if marker else rest
 
 
 def chat_template(template: Template | str) -> str:
@@ -225,13 +230,13 @@ def chat_template(template: Template | str) -> str:
     if template.only_images:
         raise ValueError(f"template: expected one with the words of the user, got {template.name!r}")
     refused = f"messages: expected no system prompt for template {template.name!r}"
-    without_place = "" if _SYSTEM in template.opening else f"{{{{- raise_exception({json.dumps(refused)}) -}}}}"
+    without_place = "" if _SYSTEM in template.opening else f"{{{{- raise_exception({_literal(refused)}) -}}}}"
     return (
         _RENDER + "{%- set bos = bos_token or '' -%}"
         "{%- if messages and messages[0]['role'] == 'system' -%}"
         "{%- set system = render(messages[0]['content']) -%}{%- set turns = messages[1:] -%}"
         "{%- else -%}"
-        f"{{%- set system = {json.dumps(template.system)} -%}}{{%- set turns = messages -%}}"
+        f"{{%- set system = {_literal(template.system)} -%}}{{%- set turns = messages -%}}"
         "{%- endif -%}"
         f"{{%- if system -%}}{without_place}{{%- set opening = {_opening(template.opening)} -%}}"
         f"{{%- else -%}}{{%- set opening = {_opening(template.opening_without_system)} -%}}{{%- endif -%}}"

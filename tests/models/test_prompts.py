@@ -187,6 +187,17 @@ def test_templates_that_are_refused(changes, message):
         Template(**TEXTS | changes)
 
 
+@pytest.mark.parametrize("system", [None, "", "s"])
+def test_a_template_of_any_text(system):
+    """Quotes, backslashes, letters beyond ASCII and what would be Jinja come out as they are."""
+    ugly = "é 🐱 \"q\" 's' \\n \\ {{ x }} {% if %} {# c #} \n\t%} }} -%} \u2028"
+    texts = {name: ugly + text for name, text in TEXTS.items()} | {"opening": f"{ugly}{{system}}{ugly}"}
+    template, tokenizer = Template(system=ugly, **texts), byte_tokenizer(None)
+    expected = render_text(template.with_tokens(tokenizer), TURNS, system=system)
+    messages = messages_of(TURNS, system)
+    assert tokenizer.apply_chat_template(messages, chat_template=chat_template(template), tokenize=False) == expected
+
+
 def test_a_chat_template_without_a_place_for_a_system_prompt():
     text, tokenizer = chat_template(Template(**TEXTS)), byte_tokenizer(None)
     messages = messages_of(TURNS[:1], None)
