@@ -98,16 +98,20 @@ def _type_of(value: Any) -> str:
     raise TypeError(f"no kernel argument of type {type(value).__name__} is expected")
 
 
-def compile_source(source: Source, arch: int) -> Facts:
-    """Compile for compute capability `arch` (90: sm_90) and read the facts off the machine code."""
+def ast_source(source: Source) -> ASTSource:
+    """The same for Triton's compiler."""
     names = source.kernel.arg_names
-    ast = ASTSource(
+    return ASTSource(
         fn=source.kernel,
         signature=dict(source.signature),
         constexprs={(names.index(name),): value for name, value in source.constants},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in source.divisible_by_16},
     )
-    compiled = triton.compile(ast, target=GPUTarget("cuda", arch, 32), options=dict(source.options))
+
+
+def compile_source(source: Source, arch: int) -> Facts:
+    """Compile for compute capability `arch` (90: sm_90) and read the facts off the machine code."""
+    compiled = triton.compile(ast_source(source), target=GPUTarget("cuda", arch, 32), options=dict(source.options))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
