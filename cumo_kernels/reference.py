@@ -156,7 +156,9 @@ def _gather_rows(source_RD: Tensor, index_M: Tensor) -> Tensor:
     if source_RD.shape[0] == 0:
         return source_RD.new_zeros(index_M.shape[0], source_RD.shape[1])
     rows_MD = source_RD.index_select(0, index_M.clamp(min=0))
-    return rows_MD.masked_fill_(ignored_M.unsqueeze(1), 0)
+    # torch.compile of PyTorch 2.11 loses the gradient of what is changed in place
+    fill = rows_MD.masked_fill_ if _mode(index_M) is _Mode.EAGER else rows_MD.masked_fill
+    return fill(ignored_M.unsqueeze(1), 0)
 
 
 def _take_rows(source_RD: Tensor, index_M: Tensor, inverse_RJ: Tensor) -> Tensor:

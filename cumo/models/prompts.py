@@ -255,9 +255,9 @@ def chat_template(template: Template | str) -> str:
     )
 
 
-def is_chat_template(text: Any) -> bool:
-    """Whether a processor's chat template is one that `chat_template` made."""
-    return isinstance(text, str) and text.startswith(_RENDER)
+def chat_templates() -> dict[str, str]:
+    """Return the chat templates by name, of all templates with the words of the user."""
+    return {name: chat_template(template) for name, template in TEMPLATES.items() if not template.only_images}
 
 
 CHAT_TEMPLATE = chat_template("mistral_instruct_system")

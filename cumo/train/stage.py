@@ -38,7 +38,7 @@ from cumo.data import (
 from cumo.data.yaml_text import parse_yaml, shown
 from cumo.models.cumo import CuMoForConditionalGeneration
 from cumo.models.processor import CuMoProcessor
-from cumo.models.prompts import chat_template, get_template, is_chat_template
+from cumo.models.prompts import Template, chat_template, chat_templates
 from cumo.models.quantization import check_quantizable
 from cumo.train import adapters, checkpoints
 from cumo.train.arguments import processes, training_arguments
@@ -173,11 +173,13 @@ def sources_of(recipe: Recipe) -> list[DataSource]:
 
 
 def _processor(recipe: Recipe, start: Path) -> Any:
-    """The model's, with the chat template of what it is trained on in place of another of ours."""
+    """The model's, with the chat template of what it is trained on; a named one only takes the place of a named one."""
     processor = CuMoProcessor.from_pretrained(start)
-    template = get_template(recipe.data.template)
-    if not template.only_images and is_chat_template(processor.chat_template):
+    template, ours = recipe.data.template, chat_templates()
+    if isinstance(template, Template) and not template.only_images:
         processor.chat_template = chat_template(template)
+    elif template in ours and processor.chat_template in ours.values():
+        processor.chat_template = ours[template]
     return processor
 
 

@@ -13,19 +13,20 @@ TASKS = Path("/proc/self/task")
 
 
 def threads_of_gloo():
-    return [name for name in (task.read_text() for task in TASKS.glob("*/comm")) if "gloo" in name]
+    """Their number."""
+    return sum("gloo" in task.read_text() for task in TASKS.glob("*/comm"))
 
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="lists threads as Linux does")
 def test_threads_end_with_their_process_group():
     """One that outlives the interpreter can abort it; a mesh that something caches keeps them alive."""
-    before = threads_of_gloo()
+    before = threads_of_gloo()  # those that other tests left behind may end too
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     mesh.get_group()
-    assert len(threads_of_gloo()) > len(before)
+    assert threads_of_gloo() > before
     leave_processes()
-    assert threads_of_gloo() == before
+    assert threads_of_gloo() <= before
     assert mesh.size() == 1
 
 
