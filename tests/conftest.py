@@ -51,8 +51,11 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def _compiler_knows_pytorch() -> None:
-    """Dynamo notes which functions are PyTorch's when it first compiles; it must not take patched ones for them."""
+    """Dynamo notes which functions are PyTorch's when it first compiles, and `with torch.device` which ones take a
+    device; neither must take patched ones for them."""
     torch.compile(torch.empty_like, backend="eager")(torch.zeros(1))
+    with torch.device("cpu"):
+        torch.zeros(1)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable
 
 SECONDS = 5.0
+_FROZEN_AT_START = gc.get_freeze_count()  # Python 3.12 freezes some objects itself
 
 
 def _trim() -> Callable[[int], int] | None:
@@ -38,7 +39,7 @@ async def give_back() -> None:
     trim = _trim()
     while True:
         await asyncio.sleep(SECONDS)
-        if gc.get_freeze_count():  # otherwise a collection takes long, and nothing else runs meanwhile
+        if gc.get_freeze_count() > _FROZEN_AT_START:  # otherwise it takes long, and nothing else runs meanwhile
             gc.collect()
         if trim is not None:
             await asyncio.to_thread(trim, 0)
