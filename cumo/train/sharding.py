@@ -46,6 +46,17 @@ def whole_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {clean(name): tensor for name, tensor in tensors.items()}
 
 
+def is_joined() -> bool:
+    """Whether this process is in a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def wait_for_all() -> None:
+    """Wait until every rank is here; alone, do nothing."""
+    if is_joined():
+        distributed.barrier()
+
+
 def leave_processes() -> None:
     """Wait for all ranks, then destroy the process groups and end their threads; alone, do nothing.
 
@@ -53,9 +64,9 @@ def leave_processes() -> None:
     of Gloo that then drops a tensor ends the process, https://github.com/pytorch/pytorch/issues/38228. Destroyed groups
     live on in sharded models, and in device meshes, which DTensor caches for good.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_joined():
         return
-    distributed.barrier()
+    wait_for_all()
     distributed.destroy_process_group()
     gc.collect()
     for mesh in gc.get_objects():

@@ -47,6 +47,7 @@ from cumo.train.modules import freeze, set_dtypes, summary
 from cumo.train.order import steps_per_epoch, stream_of
 from cumo.train.progress import Progress
 from cumo.train.recipe import DTYPES, Parts, Recipe, differences
+from cumo.train.sharding import is_joined, wait_for_all
 from cumo.train.trainer import CuMoTrainer
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def run_stage(recipe: Recipe) -> StageResult:
     if first:
         checkpoints.tidy(recipe.folder)
         (recipe.folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    _wait_for_all()
+    wait_for_all()
     seconds = _train(trainer, recipe, first)
     if dataset.skipped:
         logger.warning("%d samples were left out: %s", len(dataset.skipped), ", ".join(dataset.skipped))
@@ -329,7 +330,7 @@ def _save_final(trainer: CuMoTrainer, recipe: Recipe, seconds: float) -> None:
             trainer.processor.save_pretrained(folder)
             result = {"steps": trainer.state.global_step, "loss": sum(last) / len(last), "seconds": seconds}
             (folder / RESULT).write_text(json.dumps(result) + "\n")
-    _wait_for_all()
+    wait_for_all()
 
 
 def _result_of(recipe: Recipe) -> StageResult:
@@ -357,14 +358,9 @@ def _compare_with_run(recipe: Recipe) -> None:
 @contextmanager
 def _first_process_first() -> Iterator[None]:
     """The others begin once the first has ended."""
-    joined = distributed.is_available() and distributed.is_initialized()
+    joined = is_joined()
     if joined and distributed.get_rank() > 0:
         distributed.barrier()
     yield
     if joined and distributed.get_rank() == 0:
-        distributed.barrier()
-
-
-def _wait_for_all() -> None:
-    if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()

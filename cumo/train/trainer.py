@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -24,7 +24,7 @@ from cumo.train.meter import Meter, flat
 from cumo.train.modules import groups_of
 from cumo.train.order import Stream
 from cumo.train.recipe import DTYPES, Recipe
-from cumo.train.sharding import shard, whole_tensors
+from cumo.train.sharding import shard, wait_for_all, whole_tensors
 
 METER = "meter.pt"
 
@@ -217,7 +217,7 @@ class CuMoTrainer(Trainer):
             if self.args.should_save:
                 torch.save(meter, aside / METER)
                 self.processor.save_pretrained(aside)
-            _wait_for_all()
+            wait_for_all()
             if self.is_world_process_zero():
                 checkpoints.publish(aside, folder, step)
                 shutil.rmtree(self._run_dir)
@@ -231,7 +231,7 @@ class CuMoTrainer(Trainer):
             ) from error
         finally:
             self._run_dir = None
-        _wait_for_all()
+        wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the model; with adapters, only what trains."""
@@ -281,8 +281,3 @@ class CuMoTrainer(Trainer):
 def _finite(grad: Tensor) -> bool:
     local = grad.to_local() if hasattr(grad, "to_local") else grad
     return bool(local.isfinite().all())
-
-
-def _wait_for_all() -> None:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()

@@ -99,7 +99,7 @@ def _type_of(value: Any) -> str:
 
 
 def ast_source(source: Source) -> ASTSource:
-    """The same for Triton's compiler."""
+    """Return a source in the form that Triton's compiler takes."""
     names = source.kernel.arg_names
     return ASTSource(
         fn=source.kernel,
